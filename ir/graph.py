@@ -1,0 +1,291 @@
+"""What a program is: a flat torch.fx graph of ATen ops and ours, its weights, its dynamic dims, its original call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from . import ops as ops  # registers torch.ops.rewright
+from .call import Call, CallCodeGen
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A dynamic dimension: its example size and the range the capture allows."""
+
+    name: str
+    example: int
+    low: int = 1
+    high: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a new weight was made: `function(*sources)`, so that a graph captured without weights can be filled later."""
+
+    function: Callable[..., Tensor]
+    sources: tuple[str, ...]
+
+
+@dataclass
+class Graph:
+    """A program that runs, differentiates and prints after every edit (DESIGN 2).
+
+    `module` is a plain fx.GraphModule with the original's parameter names and call signature; weights are `get_attr`
+    nodes. `node.meta` holds `val` (a fake tensor: shape, dtype, symbolic sizes) and `path` (the module it came from).
+    """
+
+    module: fx.GraphModule
+    call: Call
+    dims: dict[str, Dim]
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """Remarks of the capture a user should see."""
+    canonical: bool = False
+    fake_mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
+    symbols: dict[str, torch.SymInt] = field(default_factory=dict)
+    """Dim name -> the SymInt that stands for it in `meta["val"]`."""
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def fx(self) -> fx.Graph:
+        """The torch.fx graph itself."""
+        return self.module.graph
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """Placeholders, in the order of `call.names`."""
+        return self.fx.find_nodes(op="placeholder")
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """Everything that computes, in order."""
+        return [n for n in self.fx.nodes if n.op == "call_function"]
+
+    @property
+    def output(self) -> fx.Node:
+        """The output node; its single argument is the tuple of flat outputs."""
+        return self.fx.output_node()
+
+    def find(self, *targets: Any) -> list[fx.Node]:
+        """All nodes that call one of these op overloads, in graph order."""
+        found = [n for t in targets for n in self.fx.find_nodes(op="call_function", target=t, sort=False)]
+        return sorted(found)
+
+    def is_weight(self, node: Any) -> bool:
+        """Whether the value is a weight or constant of the graph."""
+        return isinstance(node, fx.Node) and node.op == "get_attr"
+
+    def weight(self, node: fx.Node | str) -> Tensor:
+        """The tensor behind a weight node or name (on the meta device for a graph captured without weights)."""
+        owner, leaf = _owner(self.module, node if isinstance(node, str) else str(node.target))
+        return getattr(owner, leaf)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights the graph reads, by name; a tied weight appears under the name that is read."""
+        return {str(n.target): self.weight(n) for n in self.fx.find_nodes(op="get_attr")}
+
+    def weight_bytes(self) -> int:
+        """Bytes of all distinct weights."""
+        return sum({id(t): t.nbytes for t in self.weights().values()}.values())
+
+    @property
+    def on_meta(self) -> bool:
+        """Whether any weight has no data."""
+        return any(t.is_meta for t in self.weights().values())
+
+    def size(self, value: Any) -> int:
+        """An int for a size that may be symbolic: its value at the example sizes."""
+        if isinstance(value, torch.SymInt):
+            hint = value.node.maybe_as_int()
+            return hint if hint is not None else int(self.fake_mode.shape_env.size_hint(value.node.expr))  # type: ignore[union-attr]
+        return int(value)
+
+    # -- editing ----------------------------------------------------------------------------------------------------
+
+    def add_weight(self, name: str, function: Callable[..., Tensor], *sources: str, like: fx.Node | None = None) -> fx.Node:
+        """A new weight `function(*sources)` as a node before everything that computes. The old ones stay until unused.
+
+        Raises ValueError when `name` is taken by another tensor.
+        """
+        name = self._free_name(name)
+        with torch.no_grad():
+            value = function(*(self.weight(s).detach() for s in sources))
+        self.recipes[name] = Recipe(function, sources)
+        return self._register(name, value, like)
+
+    def add_constant(self, name: str, value: Tensor, like: fx.Node | None = None) -> fx.Node:
+        """A new constant that does not come from other weights."""
+        return self._register(self._free_name(name), value, like)
+
+    def _free_name(self, name: str) -> str:
+        candidate, n = name, 1
+        while self._has(candidate):
+            candidate, n = f"{name}_{n}", n + 1
+        return candidate
+
+    def _has(self, name: str) -> bool:
+        try:
+            owner, leaf = _owner(self.module, name)
+        except AttributeError:
+            return False
+        return hasattr(owner, leaf)
+
+    def _register(self, name: str, value: Tensor, like: fx.Node | None) -> fx.Node:
+        owner, leaf = _owner(self.module, name, create=True)
+        if value.is_floating_point():
+            owner.register_parameter(leaf, nn.Parameter(value, requires_grad=True))
+        else:
+            owner.register_buffer(leaf, value)
+        first = next(iter(self.fx.nodes))
+        with self.fx.inserting_before(first):  # weights stand first, so that any edit may read them
+            node = self.fx.get_attr(name)
+        node.meta["val"] = self.fake(getattr(owner, leaf))
+        node.meta["path"] = like.meta.get("path", "") if like is not None else name.rpartition(".")[0]
+        return node
+
+    def fake(self, tensor: Tensor) -> Tensor:
+        """The static fake twin of a real tensor under this graph's fake mode."""
+        with self.fake_mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu" if tensor.is_meta else tensor.device)
+
+    def insert(self, target: Any, *args: Any, before: fx.Node, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+        """A new call before `before`, with its `val` computed and the provenance of `like` (default: of `before`)."""
+        with self.fx.inserting_before(before):
+            node = self.fx.call_function(target, args, kwargs)
+        node.meta["path"] = (like or before).meta.get("path", "")
+        self.infer(node)
+        return node
+
+    def infer(self, node: fx.Node) -> None:
+        """Compute `meta["val"]` of a call from its operands' fake values."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
+        with self.fake_mode, torch.no_grad():
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def clean(self) -> int:
+        """Drop dead calls and unused weights, check the graph, regenerate its code. Returns the number of dropped calls."""
+        dead = 0
+        for node in reversed(self.fx.nodes):
+            if node.users or node.op in ("placeholder", "output"):
+                continue
+            if node.op == "call_function" and node.is_impure():
+                continue
+            dead += node.op == "call_function"
+            self.fx.erase_node(node)
+        _prune(self.module, {str(n.target) for n in self.fx.find_nodes(op="get_attr")})
+        self.recompile()
+        return dead
+
+    def recompile(self) -> None:
+        """Regenerate `module.forward` after edits; raises if the graph is malformed."""
+        self.fx.lint()
+        self.module.recompile()
+
+    def clone(self) -> Graph:
+        """An independent graph that shares the weights (no edit ever writes into a weight)."""
+        copy = fx.Graph()
+        values: dict[fx.Node, fx.Node] = {}
+        output = copy.graph_copy(self.fx, values)
+        copy.output(output)
+        copy.output_node().meta.update(self.output.meta)
+        copy._codegen = CallCodeGen(self.call)
+        twin = graph_module(self.module, copy)
+        return Graph(twin, self.call, dict(self.dims), dict(self.recipes), list(self.notes), self.canonical, self.fake_mode, self.symbols)
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def flat_inputs(self, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
+        """The flat tensors of a call, in the order of `inputs`."""
+        return self.call.flatten(self.call.bind(args, kwargs or {}), {})
+
+    def run(self, flat: tuple[Tensor, ...]) -> tuple:
+        """Flat inputs -> flat outputs."""
+        with torch.no_grad():
+            return fx.Interpreter(self.module).run(*flat, enable_io_processing=False)
+
+    def propagate(self) -> None:
+        """Recompute every `meta["val"]` from the inputs: shapes, dtypes, symbolic sizes."""
+        for node in self.fx.nodes:
+            if node.op == "call_function":
+                self.infer(node)
+
+    def materialize(self, weights: Mapping[str, Tensor]) -> None:
+        """Fill a graph captured on the meta device: original weights by name, ours by their recipes. KeyError if one is missing."""
+        made: dict[str, Tensor] = {}
+
+        def value(name: str) -> Tensor:
+            if name not in made:
+                recipe = self.recipes.get(name)
+                made[name] = recipe.function(*(value(s) for s in recipe.sources)) if recipe else weights[name]
+            return made[name]
+
+        for name, old in self.weights().items():
+            if old.is_meta:
+                owner, leaf = _owner(self.module, name)
+                new = value(name).detach()
+                if isinstance(old, nn.Parameter):
+                    owner._parameters[leaf] = nn.Parameter(new, requires_grad=old.requires_grad)
+                else:
+                    owner._buffers[leaf] = new
+
+
+def graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A GraphModule over `root`'s weights that keeps non-persistent buffers out of the state_dict."""
+    module = fx.GraphModule(root, graph)
+    transient = {name for name, _ in root.named_buffers()} - set(root.state_dict(keep_vars=True))
+    for name, _ in list(module.named_buffers()):
+        if name in transient:
+            owner, leaf = _owner(module, name)
+            owner._non_persistent_buffers_set.add(leaf)
+    return module
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence torch's warnings about things we do on purpose."""
+    import logging
+    import warnings
+
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _owner(module: nn.Module, name: str, create: bool = False) -> tuple[nn.Module, str]:
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        if create and not hasattr(module, parent):
+            module.add_module(parent, nn.Module())
+        module = getattr(module, parent)
+    return module, leaf
+
+
+def _prune(module: nn.Module, used: set[str]) -> None:
+    """Delete weights no node reads, and the submodules left empty."""
+    for path, child in list(module.named_modules(remove_duplicate=False)):
+        prefix = f"{path}." if path else ""
+        for store in (child._parameters, child._buffers):
+            for leaf in [x for x in store if prefix + x not in used]:
+                del store[leaf]
+    for path, child in sorted(module.named_modules(), key=lambda item: -item[0].count(".")):
+        for name, grandchild in list(child._modules.items()):
+            if grandchild is not None and not any(True for _ in grandchild.parameters()) and not any(True for _ in grandchild.buffers()):
+                del child._modules[name]
