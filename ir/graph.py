@@ -105,8 +105,7 @@ class Graph:
     def size(self, value: Any) -> int:
         """An int for a size that may be symbolic: its value at the example sizes."""
         if isinstance(value, torch.SymInt):
-            hint = value.node.maybe_as_int()
-            return hint if hint is not None else int(self.fake_mode.shape_env.size_hint(value.node.expr))  # type: ignore[union-attr]
+            return int(value.node.hint)
         return int(value)
 
     # -- editing ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+"""What we do to programs. Every pass there is, one line each; classes load on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .rewrite import Pass
+
+# pass name -> module and class below this package
+PASSES = {
+    "canonical-views": "cleanup.canonical_views:CanonicalViews",
+    "drop-no-ops": "cleanup.drop_no_ops:DropNoOps",
+    "canonical-linear": "cleanup.canonical_linear:CanonicalLinear",
+    "fold-constants": "cleanup.fold_constants:FoldConstants",
+    "raise-gelu": "cleanup.raise_gelu:RaiseGelu",
+    "raise-silu": "cleanup.raise_silu:RaiseSilu",
+    "raise-layer-norm": "cleanup.raise_layer_norm:RaiseLayerNorm",
+    "raise-rms-norm": "cleanup.raise_rms_norm:RaiseRMSNorm",
+    "raise-rope": "cleanup.raise_rope:RaiseRope",
+    "raise-attention": "cleanup.raise_attention:RaiseAttention",
+    "merge-duplicates": "cleanup.merge_duplicates:MergeDuplicates",
+    "remove-dead-code": "cleanup.remove_dead_code:RemoveDeadCode",
+    "fuse-add-layer-norm": "fusion.add_layer_norm:FuseAddLayerNorm",
+    "fuse-add-rms-norm": "fusion.add_rms_norm:FuseAddRMSNorm",
+    "merge-linears": "fusion.merge_linears:MergeLinears",
+    "quantize-linear": "quantization.quantize_linear:QuantizeLinear",
+}
+
+
+def find_pass(name: str) -> type[Pass]:
+    """The pass class of that name. Raises RecipeError naming the nearest."""
+    if name not in PASSES:
+        from ..ir.errors import RecipeError, near
+
+        raise RecipeError(f"no pass named {name!r}.{near(name, tuple(PASSES))} `rewright passes` lists all {len(PASSES)}")
+    module, kind = PASSES[name].split(":")
+    return getattr(import_module(f".{module}", __name__), kind)
+
+
+def __getattr__(name: str) -> Any:
+    """`rewright.passes.QuantizeLinear`, loaded on first use."""
+    for place in PASSES.values():
+        module, kind = place.split(":")
+        if kind == name:
+            return getattr(import_module(f".{module}", __name__), kind)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *(place.split(":")[1] for place in PASSES.values())])

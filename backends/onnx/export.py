@@ -1,0 +1,178 @@
+"""Graph -> .onnx: one re-export, our ops in the forms onnxruntime runs fast, checked in onnxruntime before it gets its name."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from ...ir.errors import PromiseBroken, UsageError
+from ...ir.files import replacing
+from ...ir.graph import Graph, graph_module, quiet
+from ...ir.verify import Drift, compare, example_inputs
+from .session import Session
+
+Profile = Literal["ort", "pure"]
+
+# op of ours -> profiles in which it has an ONNX form of its own, in the file of its name; elsewhere it decomposes into its meaning
+FORMS: dict[str, tuple[Profile, ...]] = {
+    "add_layer_norm": ("ort",),
+    "linear_int8_dynamic": ("ort", "pure"),
+}
+
+EXTERNAL_BYTES = 1_800_000_000  # a protobuf holds 2 GB at most
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how far onnxruntime is from the Graph over the shapes tried."""
+
+    path: Path
+    bytes: int
+    nodes: int
+    opset: int
+    profile: Profile
+    parity: Drift | None
+    """None when there were no inputs to run on."""
+
+
+def export(
+    graph: Graph, path: Path | str, inputs: Sequence[tuple[Tensor, ...]] = (), profile: Profile = "ort", opset: int = 20, max_error: float = 1e-3, min_cosine: float = 0.999
+) -> Exported:
+    """Write `path` (and `path.data` when the weights exceed 1.8 GB).
+
+    inputs: flat inputs; parity is checked on them, at batch 1 and at other sizes. Without integers in the graph the
+    relative error must stay below `max_error`; with quantized ops a rounding tie may flip a code in every layer, so
+    there the mean cosine must stay above `min_cosine`.
+    profile: "ort" uses com.microsoft operators where they are faster, "pure" the standard domain alone.
+    Raises PromiseBroken when onnxruntime disagrees, UsageError for a graph without weights; the old file then stays.
+    """
+    path = Path(path)
+    if graph.on_meta:
+        raise UsageError("the graph was captured without weights (meta device); fill it with Graph.materialize before export")
+    model = to_onnx_ir(graph, profile, opset)
+    quantized = any(t.dtype == torch.int8 for t in graph.weights().values())
+    data = f"{path.name}.data"
+    with replacing(path, data) as temporary:
+        _save(model, temporary, data if graph.weight_bytes() > EXTERNAL_BYTES else None)
+        parity = None
+        if inputs:
+            session = Session(temporary)
+            parity = compare(graph.run, session, [*example_inputs(graph, inputs[0]), *inputs[1:]])
+            if parity.cosine < min_cosine or not quantized and parity.relative_error > max_error:
+                raise PromiseBroken(f"the exported model does not agree with the graph in onnxruntime: relative error {parity.relative_error:.2g}, cosine {parity.cosine:.5f}; {path} was not written")
+        size = sum(f.stat().st_size for f in (temporary, temporary.parent / data) if f.exists())
+    return Exported(path, size, sum(1 for _ in model.graph), opset, profile, parity)
+
+
+def to_onnx_ir(graph: Graph, profile: Profile = "ort", opset: int = 20) -> Any:
+    """The graph as an onnx_ir.Model with the original's input, output and dim names."""
+    module, examples = _flat_module(graph, profile)
+    dims = [{axis: torch.export.Dim.AUTO for axis, size in enumerate(n.meta["val"].shape) if isinstance(size, torch.SymInt)} for n in graph.inputs]
+    with quiet(), _silent():
+        exported = torch.export.export(module, examples, dynamic_shapes=[d or None for d in dims], strict=False)
+        program = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, optimize=True, input_names=list(graph.call.names), output_names=_output_names(graph), verbose=False)
+    assert program is not None
+    model = program.model
+    _fold_transposed_weights(model)
+    _name_dims(model, graph)
+    model.producer_name, model.doc_string = "rewright", None
+    return model
+
+
+def _flat_module(graph: Graph, profile: Profile) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """The graph with flat inputs and outputs and ONNX forms in place of our ops, and example tensors of its example sizes."""
+    forms = load_forms(profile)
+    flat = fx.Graph()
+    output = flat.graph_copy(graph.fx, {})
+    flat.output(output)
+    for node in flat.nodes:
+        if node.op == "call_function" and node.target in forms:
+            node.target = forms[node.target]
+    module = graph_module(graph.module, flat)
+    examples = []
+    for node in graph.inputs:
+        value = node.meta["val"]
+        examples.append(torch.zeros([max(2, graph.size(s)) if isinstance(s, torch.SymInt) else s for s in value.shape], dtype=value.dtype))
+    return module, tuple(examples)
+
+
+def load_forms(profile: Profile) -> dict[Any, Callable[..., Any]]:
+    """Op overload -> its ONNX form: a torch function that builds ONNX nodes with torch.onnx.ops.symbolic."""
+    return {getattr(torch.ops.rewright, op).default: getattr(import_module(f".{op}", __package__), profile) for op, profiles in FORMS.items() if profile in profiles}
+
+
+def _output_names(graph: Graph) -> list[str]:
+    """The output structure's own keys (`last_hidden_state`), or output_0, output_1, ..."""
+    from torch.utils import _pytree as pytree
+
+    count = graph.call.out_spec.num_leaves
+    names = [f"output_{i}" for i in range(count)]
+    with contextlib.suppress(ValueError):  # a class registered without key names
+        paths, _ = pytree.tree_flatten_with_path(graph.call.unflatten(tuple(range(count))))
+        keys = ["_".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path) for path, _ in paths]
+        if all(k and not k[0].isdigit() for k in keys) and len(set(keys)) == count and not set(keys) & set(graph.call.names):
+            names = keys
+    return [n for n, value in zip(names, graph.output.args[0]) if isinstance(value, fx.Node)]  # type: ignore[arg-type]
+
+
+def _fold_transposed_weights(model: Any) -> None:
+    """Transpose(initializer) -> initializer: behind a Transpose onnxruntime neither packs a weight nor fuses its product."""
+    import onnx_ir
+
+    for node in list(model.graph):
+        source = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
+        if source is None or not source.is_initializer() or source.const_value is None:
+            continue
+        result = node.outputs[0]
+        name = f"{source.name}_transposed"
+        folded = onnx_ir.tensor(source.const_value.numpy().transpose(list(node.attributes["perm"].value)).copy(), name=name)
+        value = onnx_ir.Value(name=name, type=result.type, shape=result.shape, const_value=folded)
+        model.graph.register_initializer(value)
+        onnx_ir.convenience.replace_all_uses_with(result, value)
+        model.graph.remove(node, safe=True)
+        if not source.uses():
+            del model.graph.initializers[source.name]
+
+
+def _name_dims(model: Any, graph: Graph) -> None:
+    """torch.export's s72 becomes the capture's `batch`, everywhere."""
+    import onnx_ir
+
+    by_expression = {symbol.node.expr: name for name, symbol in graph.symbols.items()}
+    names: dict[str, str] = {}
+    for value, node in zip(model.graph.inputs, graph.inputs, strict=True):
+        for dim, size in zip(value.shape, node.meta["val"].shape):
+            if isinstance(dim, onnx_ir.SymbolicDim) and isinstance(size, torch.SymInt):
+                names[str(dim.value)] = by_expression[size.node.expr]
+    values = [*model.graph.inputs, *(out for node in model.graph for out in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape([names.get(str(d.value), d.value) if isinstance(d, onnx_ir.SymbolicDim) else d for d in value.shape])
+
+
+def _save(model: Any, path: Path, external: str | None) -> None:
+    import onnx_ir
+
+    onnx_ir.save(model, path, external_data=external)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The exporter talks on stdout and logs about packages we don't need."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

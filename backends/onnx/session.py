@@ -1,0 +1,36 @@
+"""onnxruntime sessions that behave the same everywhere: fully optimised, a fixed number of threads, torch tensors in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...ir.errors import InputFileError
+
+
+class Session:
+    """An ONNX model in onnxruntime on the CPU. `session(flat)` takes and gives flat tensors in the model's own order."""
+
+    def __init__(self, model: Path | bytes, threads: int = 1, profile: Path | None = None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 3
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        try:
+            self.session = onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own classes for missing, damaged and unsupported models
+            what = "the model in memory" if isinstance(model, bytes) else str(model)
+            raise InputFileError(f"onnxruntime can't load {what}: {str(error).splitlines()[0][:300]}") from error
+        self.inputs = [i.name for i in self.session.get_inputs()]
+        self.outputs = [o.name for o in self.session.get_outputs()]
+
+    def __call__(self, flat: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run once. Inputs beyond what the model reads are an error, as a missing one is."""
+        feeds = {name: tensor.detach().contiguous().numpy() for name, tensor in zip(self.inputs, flat, strict=True)}
+        return tuple(torch.from_numpy(a) for a in self.session.run(self.outputs, feeds))

@@ -1,0 +1,127 @@
+"""What a graph costs before it runs: bytes moved, FLOPs and launches of every node, at the example sizes or given ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .graph import Graph
+from .pattern import arguments
+
+aten = torch.ops.aten
+
+VIEWS = {
+    "reshape", "view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select", "unbind", "split", "split_with_sizes", "chunk",
+    "getitem", "alias", "detach", "sym_size", "_assert_tensor_metadata", "diagonal", "unfold",
+}  # fmt: skip
+"""Ops that move no data by themselves."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one node or a sum. `bytes` counts every operand read once and every result written once; a multiply-add is 2 FLOPs."""
+
+    bytes: int = 0
+    flops: int = 0
+    launches: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.flops + other.flops, self.launches + other.launches)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.bytes - other.bytes, self.flops - other.flops, self.launches - other.launches)
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """One node's cost with what is needed to show it."""
+
+    node: str
+    op: str
+    layer: str
+    dtype: torch.dtype
+    cost: Cost
+    weight_bytes: int
+
+
+def op_name(node: fx.Node) -> str:
+    """`linear` for aten.linear.default and rewright.linear: the short name people use."""
+    target = node.target
+    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+
+
+def node_costs(graph: Graph, sizes: Mapping[str, int] | None = None) -> Iterator[NodeCost]:
+    """The cost of every call in order. `sizes`: dim name -> size, default the example's."""
+    size = _sizer(graph, sizes)
+    for node in graph.nodes:
+        results = [v for v in _tensors(node.meta.get("val"))]
+        name = op_name(node)
+        if not results or name in VIEWS:
+            continue
+        written = sum(_numel(t, size) * t.element_size() for t in results)
+        read = sum(_numel(t, size) * t.element_size() for n in node.all_input_nodes for t in _tensors(n.meta.get("val")))
+        if name == "embedding":  # reads the rows it returns, not the table
+            read = written + _numel(node.all_input_nodes[1].meta["val"], size) * 8
+        weights = sum(graph.weight(n).nbytes for n in node.all_input_nodes if graph.is_weight(n))
+        yield NodeCost(node.name, name, node.meta.get("path", ""), results[0].dtype, Cost(read + written, _flops(node, name, results, size), 1), weights)
+
+
+def cost(graph: Graph, sizes: Mapping[str, int] | None = None) -> Cost:
+    """The sum over all nodes."""
+    return sum((c.cost for c in node_costs(graph, sizes)), Cost())
+
+
+def _flops(node: fx.Node, name: str, results: list[Tensor], size: Any) -> int:
+    out = _numel(results[0], size)
+    operands = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    match name:
+        case "linear" | "linear_int8_dynamic":
+            return 2 * out * size(operands[0].shape[-1])
+        case "mm" | "bmm" | "matmul":
+            return 2 * out * size(operands[0].shape[-1])
+        case "addmm" | "baddbmm":
+            return 2 * out * size(operands[1].shape[-1])
+        case "conv1d" | "conv2d" | "conv3d" | "convolution":
+            return 2 * out * math.prod(size(s) for s in operands[1].shape[1:])
+        case "attention" | "scaled_dot_product_attention" | "multi_head_attention":
+            q, k, v = (arguments(node)[n].meta["val"] for n in _QKV[name])
+            return 2 * _numel(q, size) * size(k.shape[-2]) + 2 * _numel(q, size) // size(q.shape[-1]) * size(k.shape[-2]) * size(v.shape[-1]) if q.dim() == 4 else 4 * _numel(q, size) * size(k.shape[-2])
+        case "softmax" | "_softmax" | "layer_norm" | "add_layer_norm" | "rms_norm" | "add_rms_norm" | "group_norm" | "gelu":
+            return 8 * out
+    return out if results[0].is_floating_point() else 0
+
+
+_QKV = {"attention": ("q", "k", "v"), "multi_head_attention": ("q", "k", "v"), "scaled_dot_product_attention": ("query", "key", "value")}
+
+
+def _sizer(graph: Graph, sizes: Mapping[str, int] | None) -> Any:
+    if not sizes:
+        return graph.size
+    values = {graph.symbols[name].node.expr: n for name, n in sizes.items()}
+
+    def size(value: Any) -> int:
+        if isinstance(value, torch.SymInt):
+            expression = value.node.expr.subs(values)
+            return int(expression) if expression.is_number else graph.size(value)
+        return int(value)
+
+    return size
+
+
+def _numel(tensor: Tensor, size: Any) -> int:
+    return math.prod(size(s) for s in tensor.shape)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for v in value:
+            yield from _tensors(v)
+
+

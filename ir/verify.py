@@ -1,0 +1,230 @@
+"""Does a graph still mean the same: structure against its own metadata, numbers against another program, at several shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .errors import PromiseBroken
+from .graph import Graph
+from .pattern import same_shape
+
+Run = Callable[[tuple[Tensor, ...]], Sequence[Any]]
+"""Flat inputs -> flat outputs."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far outputs are from a reference, worst over outputs and inputs. NaN in the same place counts as equal."""
+
+    bit_equal: bool = True
+    max_error: float = 0.0
+    """max |a - b|"""
+    relative_error: float = 0.0
+    """max |a - b| / max |a|"""
+    cosine: float = 1.0
+    """Mean over rows (last axis) of the cosine between outputs; the lowest over outputs."""
+    agreement: float = 1.0
+    """Share of rows with the same argmax over the last axis; the lowest over outputs."""
+    inputs: int = 0
+
+    def __and__(self, other: Drift) -> Drift:
+        return Drift(
+            self.bit_equal and other.bit_equal,
+            max(self.max_error, other.max_error),
+            max(self.relative_error, other.relative_error),
+            min(self.cosine, other.cosine),
+            min(self.agreement, other.agreement),
+            self.inputs + other.inputs,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For records and JSON."""
+        return asdict(self)
+
+
+def tolerance(graph: Graph) -> float:
+    """The largest relative error an exact pass may show: rounding grows like sqrt(depth) with the layers a value crosses."""
+    dtypes = [t.dtype for t in graph.weights().values() if t.is_floating_point()]
+    unit = max((torch.finfo(d).eps for d in dtypes), default=torch.finfo(torch.float32).eps)
+    depth = max(1, sum(1 for n in graph.nodes if n.all_input_nodes and any(graph.is_weight(i) for i in n.all_input_nodes)))
+    return 8 * unit * math.sqrt(depth)
+
+
+def drift(reference: Sequence[Any], outputs: Sequence[Any]) -> Drift:
+    """Compare flat outputs. Raises PromiseBroken when number, shapes or dtypes differ."""
+    if len(reference) != len(outputs):
+        raise PromiseBroken(f"{len(outputs)} outputs where the original has {len(reference)}")
+    total = Drift(inputs=1)
+    for i, (a, b) in enumerate(zip(reference, outputs)):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            if a != b:
+                raise PromiseBroken(f"output {i} is {b!r} where the original gives {a!r}")
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise PromiseBroken(f"output {i} is {b.dtype}{list(b.shape)} where the original gives {a.dtype}{list(a.shape)}")
+        total = total & _tensor_drift(a, b)
+    return total
+
+
+def _tensor_drift(a: Tensor, b: Tensor) -> Drift:
+    if torch.equal(a, b) or a.numel() == 0:
+        return Drift()
+    a, b = a.detach().double(), b.detach().double()
+    both_nan = a.isnan() & b.isnan()
+    a, b = a.masked_fill(both_nan, 0), b.masked_fill(both_nan, 0)
+    same = a == b  # infinities of one sign
+    error = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+    worst = error.max().item()
+    scale = a[a.isfinite()].abs().max().item() if a.isfinite().any() else 0.0
+    rows_a, rows_b = (t.reshape(-1, t.shape[-1] if t.dim() else 1).nan_to_num() for t in (a, b))
+    cosine = torch.nn.functional.cosine_similarity(rows_a, rows_b, dim=-1)
+    cosine = torch.where((rows_a == rows_b).all(-1), 1.0, cosine)
+    return Drift(
+        worst == 0.0,
+        worst,
+        worst / scale if scale else (math.inf if worst else 0.0),
+        cosine.mean().item(),
+        (rows_a.argmax(-1) == rows_b.argmax(-1)).double().mean().item(),
+    )
+
+
+def compare(a: Run, b: Run, inputs: Sequence[tuple[Tensor, ...]]) -> Drift:
+    """Drift of program `b` from program `a` over flat inputs."""
+    total = Drift()
+    for flat in inputs:
+        total = total & drift(a(flat), b(flat))
+    return total
+
+
+def check_structure(graph: Graph, before: Graph | None = None) -> None:
+    """Raises PromiseBroken if the graph is malformed, its metadata is untrue, or its signature or dynamic dims differ from `before`."""
+    try:
+        graph.fx.lint()
+    except RuntimeError as error:
+        raise PromiseBroken(f"malformed graph: {error}") from error
+    for node in graph.fx.nodes:
+        if node.op == "call_function" and _signature(node) != node.meta.get("checked"):
+            _check_node(graph, node)
+    if before is not None:
+        if graph.call is not before.call or [n.target for n in graph.inputs] != [n.target for n in before.inputs]:
+            raise PromiseBroken("the signature changed")
+        for i, (old, new) in enumerate(zip(_outputs(before), _outputs(graph), strict=True)):
+            a, b = (n.meta.get("val") if isinstance(n, fx.Node) else n for n in (old, new))
+            if isinstance(a, Tensor) and (not isinstance(b, Tensor) or a.dtype != b.dtype or not same_shape(a.shape, b.shape)):
+                raise PromiseBroken(f"output {i} was {a.dtype}{list(a.shape)} and is now {getattr(b, 'dtype', b)}{list(getattr(b, 'shape', []))}")
+        tied = {id(t) for t in before.weights().values()}
+        if len(tied) < len(before.weights()):
+            _check_tied(graph, before)
+
+
+def _signature(node: fx.Node) -> Any:
+    """Changes whenever the call or an operand's type changes, so that only edited nodes are inferred again."""
+    kinds = tuple((str(v.shape), v.dtype) if isinstance(v := n.meta.get("val"), Tensor) else str(v) for n in node.all_input_nodes)
+    return node.target, str(node.args), str(node.kwargs), kinds
+
+
+def _check_node(graph: Graph, node: fx.Node) -> None:
+    claimed = node.meta.get("val")
+    try:
+        graph.infer(node)
+    except Exception as error:
+        node.meta["val"] = claimed
+        raise PromiseBroken(f"{node.name} ({node.meta.get('path') or 'no module'}) does not take its operands: {str(error).splitlines()[0]}") from error
+    actual = node.meta["val"]
+    for a, b in zip(_flat(claimed), _flat(actual)):
+        if a.dtype != b.dtype or not same_shape(a.shape, b.shape):
+            raise PromiseBroken(f"{node.name} ({node.meta.get('path') or 'no module'}) claims {a.dtype}{list(a.shape)} and gives {b.dtype}{list(b.shape)}")
+    node.meta["checked"] = _signature(node)
+
+
+def _check_tied(graph: Graph, before: Graph) -> None:
+    groups: dict[int, list[str]] = {}
+    for name, tensor in before.weights().items():
+        groups.setdefault(id(tensor), []).append(name)
+    now = graph.weights()
+    for names in groups.values():
+        if len({id(now[n]) for n in names if n in now}) > 1:
+            raise PromiseBroken(f"the tied weights {', '.join(names)} came apart")
+
+
+def _flat(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value for t in _flat(v)] if isinstance(value, list | tuple) else []
+
+
+def _outputs(graph: Graph) -> tuple:
+    return tuple(graph.output.args[0])  # type: ignore[arg-type]
+
+
+def first_divergence(a: Graph, b: Graph, flat: tuple[Tensor, ...], limit: float) -> tuple[str, str, float] | None:
+    """Where two versions of a program part: the first value both compute (rewrites keep the names of what they leave alone)
+    whose relative error exceeds `limit`, as (node, module path, error); None if no common value does.
+
+    The culprit stands between that value and the common ones before it; its own module path is the best witness.
+    """
+    mine = _Trace(a.module)
+    mine.run(*flat, enable_io_processing=False)
+    other = _Trace(b.module)
+    other.run(*flat, enable_io_processing=False)
+    for name, value in mine.values.items():
+        twin = other.values.get(name)
+        if twin is None or twin.shape != value.shape or not value.is_floating_point():
+            continue
+        error = _tensor_drift(value, twin).relative_error
+        if error > limit:
+            node = mine.nodes[name]
+            return name, node.meta.get("path", ""), error
+    return None
+
+
+class _Trace(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[str, Tensor] = {}
+        self.nodes: dict[str, fx.Node] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        with torch.no_grad():
+            value = super().run_node(n)
+        if isinstance(value, Tensor) and n.op == "call_function":
+            self.values[n.name], self.nodes[n.name] = value, n
+        return value
+
+
+def example_inputs(graph: Graph, base: tuple[Tensor, ...], seed: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    """`base`, then the same inputs at batch 1 and at two other sizes, made by repeating, cutting and shuffling its values.
+
+    Only dynamic dims change. Values stay within what the base holds, so token ids stay legal and masks stay masks.
+    """
+    yield base
+    if not graph.dims:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    now = {}
+    for node, tensor in zip(graph.inputs, base):
+        for axis, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, torch.SymInt):
+                now[size.node.expr] = tensor.shape[axis]
+    by_name = {name: symbol.node.expr for name, symbol in graph.symbols.items()}
+    for choose in (lambda d, n: 1 if d.name == "batch" else max(d.low, n - 1), lambda d, n: n + 1 if d.name == "batch" else n + 3, lambda d, n: 3 if d.name == "batch" else max(d.low, 2)):
+        sizes = {by_name[d.name]: min(choose(d, now[by_name[d.name]]), d.high or 1 << 30) for d in graph.dims.values() if by_name[d.name] in now}
+        yield tuple(_resize(tensor, node, sizes, generator) for node, tensor in zip(graph.inputs, base))
+
+
+def _resize(tensor: Tensor, node: fx.Node, sizes: dict[Any, int], generator: torch.Generator) -> Tensor:
+    for axis, size in enumerate(node.meta["val"].shape):
+        if isinstance(size, torch.SymInt) and size.node.expr in sizes:
+            n = sizes[size.node.expr]
+            index = torch.arange(n) % tensor.shape[axis]
+            tensor = tensor.index_select(axis, index)
+    if tensor.is_floating_point() and tensor.numel():
+        noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float32).to(tensor.dtype)
+        tensor = tensor + noise * tensor.std().nan_to_num() * 0.1 if tensor.numel() > 1 else tensor
+    return tensor

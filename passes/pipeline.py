@@ -1,0 +1,320 @@
+"""The pass manager: runs passes one by one, verifies each, undoes and names what breaks its promise, keeps a record of all."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir.cost import Cost, cost
+from ..ir.errors import PromiseBroken, RewrightError
+from ..ir.graph import Graph
+from ..ir.verify import Drift, check_structure, compare, example_inputs, first_divergence, tolerance
+from .cleanup import CANONICAL
+from .rewrite import Context, Declined, Pass
+
+Flat = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a lossy pass may cost, measured against the original on held-out inputs. None: no limit."""
+
+    min_cosine: float | None = None
+    """Lowest mean cosine over output rows."""
+    min_agreement: float | None = None
+    """Lowest share of rows with the same argmax."""
+    max_drift: float | None = None
+    """Highest relative error, max |a - b| / max |a|."""
+    max_metric_drop: float | None = None
+    """Most the user's own metric may fall."""
+
+    def why_not(self, drift: Drift, metric_drop: float | None = None) -> str | None:
+        """The first limit that is broken, in words."""
+        for what, value, limit, ok in (
+            ("cosine", drift.cosine, self.min_cosine, lambda v, b: v >= b),
+            ("top-1 agreement", drift.agreement, self.min_agreement, lambda v, b: v >= b),
+            ("relative error", drift.relative_error, self.max_drift, lambda v, b: v <= b),
+            ("metric drop", metric_drop, self.max_metric_drop, lambda v, b: v <= b),
+        ):
+            if limit is not None and value is not None and not ok(value, limit):
+                return f"{what} {value:.4g} against a budget of {limit:g}"
+        return None
+
+
+@dataclass
+class Record:
+    """What one pass did: the same on every surface (Python, CLI, JSON, report)."""
+
+    name: str
+    options: dict[str, Any]
+    exact: bool
+    matched: int = 0
+    applied: int = 0
+    declined: list[Declined] = field(default_factory=list)
+    predicted: dict[str, float] = field(default_factory=dict)
+    """Change of bytes, flops, launches, weight_bytes (and seconds on the target), after minus before."""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """Against the captured original: see ir.verify.Drift; metric and latency_ms when asked."""
+    seconds: float = 0.0
+    undone: str | None = None
+    """Why the pass was taken back, with the layer; None if it stands."""
+    layers: list[str] = field(default_factory=list)
+    """Module path of every application."""
+    canonical: bool = False
+    """Part of the canonical form every graph is brought to first."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**dataclasses.asdict(self), "options": {k: v for k, v in self.options.items()}}
+
+
+@dataclass
+class Outcome:
+    """A pipeline's result: the original as captured, the program now, a record a pass."""
+
+    original: Graph
+    graph: Graph
+    records: list[Record]
+    passes: tuple[Pass, ...]
+    inputs: list[Flat]
+    total: Drift | None = None
+    """The end result against the original; None when nothing could be run."""
+
+    @property
+    def undone(self) -> list[Record]:
+        """Passes that broke their promise and were taken back."""
+        return [r for r in self.records if r.undone]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order, under one contract.
+
+    target: a backends.target.Target handed to the passes; predict: seconds of a graph on it.
+    require_match: names of passes for which matching nothing is an error.
+    latency: milliseconds of a graph, measured; recorded after every pass that changed something.
+    """
+
+    passes: Sequence[Pass]
+    target: Any = None
+    budget: Budget = Budget()
+    require_match: frozenset[str] = frozenset()
+    ignore: tuple[str, ...] = ()
+    verify: bool = True
+    seed: int = 0
+    predict: Callable[[Graph], float] | None = None
+    latency: Callable[[Graph], float] | None = None
+    metric: Callable[[torch.nn.Module], float] | None = None
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+
+    def run(self, graph: Graph, inputs: Sequence[Flat] = ()) -> Outcome:
+        """Optimize a clone of `graph`, never `graph` itself.
+
+        inputs: flat inputs to verify on; the first also at batch 1 and other sizes. Without any, or with weights on the
+        meta device, only structure is verified and every record says so.
+        Raises PromiseBroken when a required pass matches nothing; a broken promise is undone and recorded, not raised.
+        """
+        run = _Run(self, graph.clone(), list(inputs))
+        steps: list[tuple[Pass, bool]] = [] if graph.canonical else [(p(), True) for p in CANONICAL]
+        steps += [(p, False) for p in self.passes]
+        for i, (step, canonical) in enumerate(steps):
+            self.progress(step.name, i, len(steps))
+            run.step(step, canonical)
+        self.progress("done", len(steps), len(steps))
+        total = compare(run.reference, run.graph.run, run.inputs) if run.inputs else None
+        run.graph.canonical = True
+        return Outcome(run.original, run.graph, run.records, tuple(p for p, _ in steps), run.inputs, total)
+
+
+class _Run:
+    """The state of one pipeline run: the program so far and its reference outputs."""
+
+    def __init__(self, pipeline: Pipeline, graph: Graph, inputs: list[Flat]) -> None:
+        self.pipeline, self.graph, self.original = pipeline, graph, graph.clone()
+        runnable = pipeline.verify and not graph.on_meta and inputs
+        self.inputs = [*example_inputs(graph, inputs[0], pipeline.seed), *inputs[1:]] if runnable else []
+        self.references = {id(flat): self.original.run(flat) for flat in self.inputs}
+        self.outputs = dict(self.references)  # of the program so far
+        self.records: list[Record] = []
+        self.metric = pipeline.metric(self.original.module) if pipeline.metric and runnable else None
+
+    def reference(self, flat: Flat) -> tuple:
+        return self.references[id(flat)]
+
+    def step(self, step: Pass, canonical: bool) -> None:
+        record = Record(step.name, options_of(step), step.exact, canonical=canonical)
+        self.records.append(record)
+        before, begin = self.graph, time.perf_counter()
+        after, context = self._attempt(step, record, self.pipeline.ignore)
+        if after is not None:
+            trouble = self._promise_broken(step, before, after, record)
+            if trouble and not step.exact:
+                after, context, trouble = self._shrink(step, before, context, record, trouble)
+            if trouble:
+                record.undone = trouble
+        if record.undone is None and after is not None:
+            self.graph = after
+            if context.applied:
+                record.predicted = _difference(before, after, self.pipeline.predict)
+                self.outputs = self._new_outputs
+                if self.pipeline.latency is not None and not canonical:
+                    record.measured["latency_ms"] = self.pipeline.latency(after)
+        record.matched, record.applied = context.matched, 0 if record.undone else len(context.applied)
+        record.declined, record.layers = context.declined, [] if record.undone else context.applied
+        record.seconds = time.perf_counter() - begin
+        if step.name in self.pipeline.require_match and not record.applied and not record.undone:
+            raise PromiseBroken(_nothing_matched(step, context))
+
+    def _attempt(self, step: Pass, record: Record, ignore: tuple[str, ...]) -> tuple[Graph | None, Context]:
+        """Run a pass on a clone; a pass that raises or leaves a malformed graph is undone."""
+        p = self.pipeline
+        context = Context(p.target, p.predict, p.seed, ignore)
+        after = self.graph.clone()
+        before_names = {n.name for n in after.fx.nodes}
+        try:
+            after = step.run(after, context)
+            if context.applied or {n.name for n in after.fx.nodes} != before_names:
+                after.clean()
+                check_structure(after, self.graph)
+        except RewrightError as error:
+            record.undone = str(error)
+            return None, context
+        except Exception as error:  # a bug in the pass must not cost the user the model
+            record.undone = f"{step.name} raised {type(error).__name__}: {error}"
+            return None, context
+        return after, context
+
+    def _promise_broken(self, step: Pass, before: Graph, after: Graph, record: Record) -> str | None:
+        """Measure, and say in words what is wrong; None if the promise holds."""
+        if not self.inputs:
+            record.measured = {"note": "structure only: no inputs or no weights to run on"}
+            return None
+        self._new_outputs = {id(flat): after.run(flat) for flat in self.inputs}
+        from_original = compare(self.reference, lambda flat: self._new_outputs[id(flat)], self.inputs)
+        record.measured = from_original.as_dict()
+        metric_drop = None
+        if not step.exact and self.metric is not None and self.pipeline.metric is not None:
+            record.measured["metric"] = self.pipeline.metric(after.module)
+            record.measured["metric_before"] = self.metric
+            metric_drop = self.metric - record.measured["metric"]
+        if not step.exact:
+            return self.pipeline.budget.why_not(from_original, metric_drop)
+        here = compare(lambda flat: self.outputs[id(flat)], lambda flat: self._new_outputs[id(flat)], self.inputs)
+        limit = tolerance(before)
+        if here.relative_error <= limit:
+            return None
+        return f"promised exact, but the outputs moved by {here.relative_error:.2g} (relative; allowed {limit:.2g}){self._blame(before, after, limit)}"
+
+    def _blame(self, before: Graph, after: Graph, limit: float) -> str:
+        for flat in self.inputs:
+            if found := first_divergence(before, after, flat, limit):
+                name, path, error = found
+                return f"; first wrong value: {name} in {path or 'the model itself'} (error {error:.2g})"
+        return "; every value both programs share agrees, so the last rewritten call is at fault"
+
+    def _shrink(self, step: Pass, before: Graph, context: Context, record: Record, trouble: str) -> tuple[Graph | None, Context, str | None]:
+        """Over budget: leave out the most harmful layers, as few as possible (each layer's harm is measured alone)."""
+        layers = sorted(set(context.applied))
+        if len(layers) < 2 or self.pipeline.budget.max_metric_drop is not None:
+            return None, context, trouble
+        harm: dict[str, float] = {}
+        for i, layer in enumerate(layers):
+            self.pipeline.progress(f"{step.name}: measuring {layer}", i, len(layers))
+            alone, _ = self._attempt(step, record, (*self.pipeline.ignore, *(x for x in layers if x != layer)))
+            if alone is None:
+                return None, context, trouble
+            found = compare(self.reference, alone.run, self.inputs[:2])
+            harm[layer] = 1 - found.cosine + found.relative_error * 1e-3
+        worst_first = sorted(layers, key=lambda x: -harm[x])
+        low, high = 1, len(layers)  # smallest number of layers to leave out that holds the budget
+        best: tuple[Graph, Context] | None = None
+        while low <= high:
+            left_out = worst_first[: (low + high) // 2]
+            if len(left_out) == len(layers):
+                break
+            fewer, fewer_context = self._attempt(step, record, (*self.pipeline.ignore, *left_out))
+            if fewer is not None and self._promise_broken(step, before, fewer, record) is None:
+                best, high = (fewer, fewer_context), len(left_out) - 1
+            else:
+                low = len(left_out) + 1
+        if best is None:
+            return None, context, f"{trouble}; no subset of its {len(layers)} layers holds the budget"
+        self._promise_broken(step, before, best[0], record)
+        kept = set(best[1].applied)
+        note = f"over budget with every layer ({trouble}); left out, most harmful first"
+        best[1].declined = [Declined(d.node, d.layer, note if d.layer in harm and d.layer not in kept else d.why) for d in best[1].declined]
+        return *best, None
+
+
+def options_of(step: Pass) -> dict[str, Any]:
+    """A pass's options as plain data, ready for a recipe."""
+    return {f.name: getattr(step, f.name) for f in dataclasses.fields(step)} if dataclasses.is_dataclass(step) else {}
+
+
+def _difference(before: Graph, after: Graph, predict: Callable[[Graph], float] | None) -> dict[str, float]:
+    change: Cost = cost(after) - cost(before)
+    found: dict[str, float] = {**dataclasses.asdict(change), "weight_bytes": after.weight_bytes() - before.weight_bytes()}
+    if predict is not None:
+        found["seconds"] = predict(after) - predict(before)
+    return found
+
+
+def _nothing_matched(step: Pass, context: Context) -> str:
+    if context.declined:
+        first = context.declined[0]
+        return f"{step.name} applied nowhere: all {len(context.declined)} matches were declined, the first ({first.layer or first.node}) because {first.why}"
+    return f"{step.name} matched nothing in this model; `rewright explain MODEL {step.name}` shows the nearest misses, `require_match = false` in the recipe lets it pass"
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """What bisect found: the pass, and the first value it made wrong."""
+
+    name: str
+    index: int
+    """Position among the pipeline's passes, canonical ones included."""
+    node: str
+    layer: str
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.name} (pass {self.index + 1}) broke {self.layer or 'the model itself'}: {self.node} is off by {self.error:.2g} (relative)"
+
+
+def bisect(original: Graph, passes: Sequence[Pass], inputs: Sequence[Flat], limit: float | None = None, **context: Any) -> Culprit | None:
+    """From a bad end result to the pass, then to the layer, by re-running prefixes (a binary search).
+
+    limit: relative error that counts as bad; default the tolerance of exact passes. None is returned if the end is good.
+    """
+    limit = tolerance(original) if limit is None else limit
+    flats = [*example_inputs(original, inputs[0]), *inputs[1:]]
+    wanted = [original.run(flat) for flat in flats]
+    reference = {id(flat): out for flat, out in zip(flats, wanted)}
+
+    def prefix(n: int) -> Graph:
+        graph = original.clone()
+        for step in passes[:n]:
+            graph = step.run(graph, Context(**context))
+            graph.clean()
+        return graph
+
+    def bad(n: int) -> bool:
+        return compare(lambda flat: reference[id(flat)], prefix(n).run, flats).relative_error > limit
+
+    if not bad(len(passes)):
+        return None
+    low, high = 0, len(passes)  # prefix(low) is good, prefix(high) is bad
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if bad(middle) else (middle, high)
+    before, after = prefix(low), prefix(high)
+    for flat in flats:
+        if found := first_divergence(before, after, flat, limit):
+            return Culprit(passes[low].name, low, *found)
+    return Culprit(passes[low].name, low, "the outputs", "", float("nan"))

@@ -1,0 +1,126 @@
+"""Recipes: flat TOML in, checked passes out, and back. Nothing in a recipe runs code."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from ..ir.errors import RecipeError, near
+from . import PASSES, find_pass
+from .pipeline import Budget, options_of
+from .rewrite import Pass
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to a model: passes in order, the target they are for, the budget lossy ones must hold."""
+
+    passes: tuple[Pass, ...]
+    target: str = "cpu"
+    budget: Budget = Budget()
+    require_match: frozenset[str] = frozenset()
+    ignore: tuple[str, ...] = ()
+    source: str = "passes given on the command line or in Python"
+
+    def to_toml(self) -> str:
+        """The resolved recipe: every option spelt out, accepted back by `Recipe.load`."""
+        lines = [f"# resolved from: {self.source}", f"target = {_toml(self.target)}", f"ignore = {_toml(list(self.ignore))}"]
+        if budget := {k: v for k, v in dataclasses.asdict(self.budget).items() if v is not None}:
+            lines += ["", "[verify]", *(f"{k} = {_toml(v)}" for k, v in budget.items())]
+        for step in self.passes:
+            lines += ["", "[[pass]]", f"name = {_toml(step.name)}"]
+            lines += [f"{k} = {_toml(v)}" for k, v in options_of(step).items() if v is not None]
+            lines.append(f"require_match = {_toml(step.name in self.require_match)}")
+        return "\n".join(lines) + "\n"
+
+    @staticmethod
+    def load(name_or_path: str | Path) -> Recipe:
+        """A shipped recipe by name, or a TOML file. Raises RecipeError with the place and the nearest known name."""
+        path = Path(name_or_path)
+        if path.suffix != ".toml":
+            path = SHIPPED / f"{name_or_path}.toml"
+            if not path.exists():
+                raise RecipeError(f"no recipe named {str(name_or_path)!r}.{near(str(name_or_path), shipped())} `rewright recipes` lists all {len(shipped())}; a file must end in .toml")
+        try:
+            text = path.read_text(encoding="utf8")
+        except OSError as error:
+            raise RecipeError(f"the recipe {path} can't be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"the recipe {path} is not a UTF-8 text file") from error
+        return Recipe.parse(text, str(name_or_path))
+
+    @staticmethod
+    def parse(text: str, source: str = "text") -> Recipe:
+        """A recipe from TOML text."""
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"the recipe {source} is not valid TOML: {error}") from error
+        _known_keys(data, ("target", "ignore", "verify", "pass"), source)
+        entries = data.get("pass", [])
+        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+            raise RecipeError(f"{source}: passes are written as [[pass]] tables with a name")
+        verify = data.get("verify", {})
+        _known_keys(verify, tuple(f.name for f in dataclasses.fields(Budget)), f"{source}: [verify]")
+        passes, required = [], set()
+        for i, entry in enumerate(entries):
+            where = f"{source}: pass[{i}]"
+            entry = dict(entry)
+            if not isinstance(name := entry.pop("name", None), str):
+                raise RecipeError(f"{where} has no name; `rewright passes` lists all {len(PASSES)}")
+            if _checked(bool, entry.pop("require_match", True), f"{where}.require_match"):
+                required.add(name)
+            passes.append(make_pass(name, entry, f"{where} ({name})"))
+        target = _checked(str, data.get("target", "cpu"), f"{source}: target")
+        ignore = _checked(tuple[str, ...], data.get("ignore", []), f"{source}: ignore")
+        return Recipe(tuple(passes), target, _checked(Budget, verify, f"{source}: verify"), frozenset(required), ignore, source)
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with rewright."""
+    return sorted(p.stem for p in SHIPPED.glob("*.toml"))
+
+
+def make_pass(name: str, options: dict[str, Any], where: str = "") -> Pass:
+    """A pass by name with checked options. Raises RecipeError naming the nearest pass or option."""
+    kind = find_pass(name)
+    known = tuple(f.name for f in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
+    _known_keys(options, known, where or name)
+    if not known:
+        return kind()
+    return _checked(kind, options, where or name)
+
+
+def _known_keys(data: Any, known: tuple[str, ...], where: str) -> None:
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where} must be a table, got {data!r}")
+    for key in data:
+        if key not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it has no options"
+            raise RecipeError(f"{where} has no option {key!r};{near(key, known)} {takes}".replace("; ", ";", 1).replace(";", "; ", 1))
+
+
+def _checked(kind: Any, value: Any, where: str) -> Any:
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(value, strict=False)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join([where, *(str(p) for p in first["loc"])])
+        raise RecipeError(f"{place}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {first['input']!r}") from error
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return repr(value)

@@ -1,0 +1,90 @@
+"""Targets: data files, names, and the roofline by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rewright.backends.target import SOURCES, TARGETS, Target, cpu_features, known_targets
+from rewright.ir.errors import InputFileError, UsageError
+
+
+@pytest.mark.parametrize("name", known_targets())
+def test_every_number_of_a_shipped_target_says_where_it_comes_from(name: str) -> None:
+    target = Target.load(name)
+    assert target.name == name
+    assert set(target.sources) == {"bandwidth", "l2", "shared", "sms", "launch", *(f"peak.{d}" for d in target.peak)}
+    assert set(target.sources.values()) <= set(SOURCES)
+    assert min(target.bandwidth, target.launch, *target.peak.values()) > 0
+
+
+@pytest.mark.parametrize(("arch", "name"), [("sm_80", "a100"), ("sm_90", "h200"), ("sm_100", "b200")])
+def test_an_architecture_names_its_data_file(arch: str, name: str) -> None:
+    assert Target.load(f"cuda:{arch}") == Target.load(name)
+
+
+def test_dense_peaks_not_sparse() -> None:
+    h200 = Target.load("h200")
+    assert h200.peak["bf16"] == pytest.approx(2 * h200.peak["tf32"], rel=0.01)
+    assert h200.peak["bf16"] < 1e15 < h200.peak["fp8"] < 2e15
+
+
+def test_roofline_is_the_larger_of_compute_and_memory_plus_launches() -> None:
+    target = Target("t", "cuda", "sm_0", {"bf16": 100.0, "fp32": 10.0}, 20.0, 0, 0, 1, 0.5, frozenset(), {})
+    assert target.seconds(400, 20, 1, "bf16") == (4 + 0.5, "compute")
+    assert target.seconds(400, 20, 1, torch.float32) == (40 + 0.5, "compute")
+    assert target.seconds(100, 40, 2, "bf16") == (2 + 1.0, "memory")
+    assert target.seconds(100, 20, 10, "bf16") == (1 + 5.0, "launch")
+    assert target.seconds(0, 20, 0, torch.int64) == (1, "memory")  # copying needs no peak
+
+
+def test_a_dtype_without_a_peak_is_refused() -> None:
+    with pytest.raises(UsageError, match="a100 has no peak for fp8; it has fp32, tf32, bf16, fp16, int8"):
+        Target.load("a100").seconds(1, 1, 1, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(("name", "said"), [("h20", "Did you mean 'h200'"), ("cuda:sm_91", "Did you mean 'cuda:sm_90'"), ("tpu", "Known: a100, b200, cpu, h200")])
+def test_an_unknown_target_names_the_known_ones(name: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Target.load(name)
+
+
+def test_a_target_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text((TARGETS / "a100.toml").read_text().replace("sm_80", "sm_86"))
+    assert (Target.load(file).name, Target.load(str(file)).arch) == ("mine", "sm_86")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda t: t.replace("bandwidth", "bandwith"), "lacks bandwidth"),
+        (lambda t: t.replace('"cuda"', '"gpu"'), "kind is 'cpu' or 'cuda', not 'gpu'"),
+        (lambda t: t.replace('source = "vendor"', 'source = "guessed"', 1), "expected { value = NUMBER, source = 'vendor'"),
+        (lambda t: t.replace("312e12", '"fast"', 1), "peak.bf16"),
+        (lambda t: t + "[peak", "is not TOML"),
+    ],
+)
+def test_a_damaged_file_is_refused_and_says_where(tmp_path: Path, damage: Callable[[str], str], said: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(damage((TARGETS / "a100.toml").read_text()))
+    with pytest.raises(InputFileError) as caught:
+        Target.load(file)
+    assert said in str(caught.value)
+    assert "bad.toml" in str(caught.value)
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(InputFileError, match="no file .*none.toml"):
+        Target.load(tmp_path / "none.toml")
+
+
+def test_the_cpu_has_the_features_of_this_machine() -> None:
+    assert Target.load("cpu").features == cpu_features()
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        pytest.skip("no /proc/cpuinfo here")
+    assert all(f" {feature}" in info.read_text() for feature in cpu_features())
+    assert cpu_features()
