@@ -45,6 +45,7 @@ class NodeCost:
     op: str
     layer: str
     dtype: torch.dtype
+    """Of the arithmetic: int8 for a quantized product, else the result's."""
     cost: Cost
     weight_bytes: int
 
@@ -68,7 +69,8 @@ def node_costs(graph: Graph, sizes: Mapping[str, int] | None = None) -> Iterator
         if name == "embedding":  # reads the rows it returns, not the table
             read = written + _numel(node.all_input_nodes[1].meta["val"], size) * 8
         weights = sum(graph.weight(n).nbytes for n in node.all_input_nodes if graph.is_weight(n))
-        yield NodeCost(node.name, name, node.meta.get("path", ""), results[0].dtype, Cost(read + written, _flops(node, name, results, size), 1), weights)
+        dtype = torch.int8 if name.startswith("linear_int8") else results[0].dtype
+        yield NodeCost(node.name, name, node.meta.get("path", ""), dtype, Cost(read + written, _flops(node, name, results, size), 1), weights)
 
 
 def cost(graph: Graph, sizes: Mapping[str, int] | None = None) -> Cost:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -167,7 +168,7 @@ class Graph:
     def infer(self, node: fx.Node) -> None:
         """Compute `meta["val"]` of a call from its operands' fake values."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
-        with self.fake_mode, torch.no_grad():
+        with enable_python_dispatcher(), self.fake_mode, torch.no_grad():  # without it baddbmm and others refuse symbolic sizes
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def clean(self) -> int:

@@ -62,6 +62,13 @@ class MaybeCast:
     inner: Any
 
 
+@dataclass(frozen=True, eq=False)
+class WeightOnly:
+    """Matches `inner` if the value is a weight or constant of the graph."""
+
+    inner: Any
+
+
 class Op:
     """`op.add(x, y)` in a pattern stands for any overload of rewright's or ATen's `add`."""
 
@@ -78,6 +85,10 @@ class Op:
     def maybe_cast(self, inner: Any) -> MaybeCast:
         """`inner`, or a dtype conversion of it."""
         return MaybeCast(inner)
+
+    def weight(self, inner: Any) -> WeightOnly:
+        """`inner`, when it is a weight."""
+        return WeightOnly(inner)
 
 
 @cache
@@ -111,6 +122,16 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def argument(node: fx.Node, name: str) -> Any:
     """One argument of a call by its schema name."""
     return arguments(node)[name]
+
+
+def number(graph: Graph, value: Any) -> float | int | bool | None:
+    """A Python number, or the one number in a constant of the graph that has data; else None."""
+    if isinstance(value, bool | int | float):
+        return value
+    if graph.is_weight(value):
+        tensor = graph.weight(value)
+        return tensor.item() if tensor.numel() == 1 and not tensor.is_meta else None
+    return None
 
 
 def same_shape(a: Any, b: Any) -> bool:
@@ -278,6 +299,11 @@ class _Search:
             yield from self.value(pattern.inner, value, state)
             if isinstance(value, fx.Node) and value.target in _CASTS:
                 yield from self.value(pattern.inner, value.args[0], state)
+        elif isinstance(pattern, WeightOnly):
+            if self.graph.is_weight(value):
+                yield from self.value(pattern.inner, value, state)
+            else:
+                self.miss(state, value, f"{_say(value)} stands where a weight was expected")
         elif isinstance(pattern, Call):
             yield from self.call(pattern, value, state)
         elif isinstance(pattern, list | tuple):
@@ -333,8 +359,7 @@ class _Search:
 
     def literal(self, expected: Any, value: Any) -> bool:
         if self.graph.is_weight(value):
-            tensor = self.graph.weight(value)
-            value = tensor.item() if tensor.numel() == 1 and not tensor.is_meta else value
+            value = value if (one := number(self.graph, value)) is None else one
         if isinstance(expected, float) and isinstance(value, float | int) and not isinstance(value, bool):
             return abs(expected - value) <= 1e-6 * abs(expected)  # constants are spelt with 7 to 17 digits
         return type(expected) is type(value) and bool(expected == value) or isinstance(expected, int) and isinstance(value, float) and expected == value

@@ -152,7 +152,10 @@ class _Run:
         self.records.append(record)
         before, begin = self.graph, time.perf_counter()
         after, context = self._attempt(step, record, self.pipeline.ignore)
-        if after is not None:
+        if after is before:
+            record.measured = next((dict(r.measured) for r in reversed(self.records[:-1]) if r.measured and not r.undone), {})
+            record.measured.pop("latency_ms", None)
+        elif after is not None:
             trouble = self._promise_broken(step, before, after, record)
             if trouble and not step.exact:
                 after, context, trouble = self._shrink(step, before, context, record, trouble)
@@ -160,9 +163,10 @@ class _Run:
                 record.undone = trouble
         if record.undone is None and after is not None:
             self.graph = after
-            if context.applied:
+            if after is not before:
                 record.predicted = _difference(before, after, self.pipeline.predict)
-                self.outputs = self._new_outputs
+                if self.inputs:
+                    self.outputs = self._new_outputs
                 if self.pipeline.latency is not None and not canonical:
                     record.measured["latency_ms"] = self.pipeline.latency(after)
         record.matched, record.applied = context.matched, 0 if record.undone else len(context.applied)
@@ -172,16 +176,15 @@ class _Run:
             raise PromiseBroken(_nothing_matched(step, context))
 
     def _attempt(self, step: Pass, record: Record, ignore: tuple[str, ...]) -> tuple[Graph | None, Context]:
-        """Run a pass on a clone; a pass that raises or leaves a malformed graph is undone."""
+        """Run a pass on a clone; one that raises or leaves a malformed graph is undone, one that changed nothing gives the graph back."""
         p = self.pipeline
         context = Context(p.target, p.predict, p.seed, ignore)
-        after = self.graph.clone()
-        before_names = {n.name for n in after.fx.nodes}
         try:
-            after = step.run(after, context)
-            if context.applied or {n.name for n in after.fx.nodes} != before_names:
-                after.clean()
-                check_structure(after, self.graph)
+            after = step.run(self.graph.clone(), context)
+            if _fingerprint(after) == _fingerprint(self.graph):
+                return self.graph, context
+            after.clean()
+            check_structure(after, self.graph)
         except RewrightError as error:
             record.undone = str(error)
             return None, context
@@ -250,6 +253,11 @@ class _Run:
         note = f"over budget with every layer ({trouble}); left out, most harmful first"
         best[1].declined = [Declined(d.node, d.layer, note if d.layer in harm and d.layer not in kept else d.why) for d in best[1].declined]
         return *best, None
+
+
+def _fingerprint(graph: Graph) -> list[tuple[str, str, str, str]]:
+    """Equal exactly when two versions of a graph make the same calls."""
+    return [(n.name, str(n.target), str(n.args), str(n.kwargs)) for n in graph.fx.nodes]
 
 
 def options_of(step: Pass) -> dict[str, Any]:

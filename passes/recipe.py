@@ -83,6 +83,36 @@ class Recipe:
         return Recipe(tuple(passes), target, _checked(Budget, verify, f"{source}: verify"), frozenset(required), ignore, source)
 
 
+def from_command_line(recipe: str | None, passes: list[str], settings: list[str]) -> Recipe:
+    """`-r NAME`, `-p PASS:option=value,...` and `--set pass.option=value` as one recipe. Raises RecipeError."""
+    if (recipe is None) == (not passes):
+        raise RecipeError("give either a recipe (-r NAME, `rewright recipes` lists them) or passes (-p NAME, `rewright passes` lists them)")
+    base = Recipe.load(recipe) if recipe is not None else Recipe(tuple(_from_text(p) for p in passes), require_match=frozenset(p.partition(":")[0] for p in passes))
+    for setting in settings:
+        place, _, value = setting.partition("=")
+        name, _, option = place.rpartition(".")
+        if name not in {p.name for p in base.passes}:
+            raise RecipeError(f"--set {setting}: the recipe has no pass {name!r};{near(name, [p.name for p in base.passes])} it has {', '.join(p.name for p in base.passes)}")
+        base = dataclasses.replace(base, passes=tuple(make_pass(name, {**options_of(p), option: _value(value)}, f"--set {setting}") if p.name == name else p for p in base.passes))
+    return base
+
+
+def _from_text(text: str) -> Pass:
+    name, _, options = text.partition(":")
+    pairs = [o.partition("=") for o in options.split(",") if o]
+    if bad := [k for k, equals, _ in pairs if not equals]:
+        raise RecipeError(f"-p {text}: {bad[0]!r} is not option=value")
+    return make_pass(name, {k: _value(v) for k, _, v in pairs}, f"-p {name}")
+
+
+def _value(text: str) -> Any:
+    """A TOML value, or the bare word as a string."""
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
 def shipped() -> list[str]:
     """Names of the recipes that come with rewright."""
     return sorted(p.stem for p in SHIPPED.glob("*.toml"))

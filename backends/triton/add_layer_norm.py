@@ -91,6 +91,6 @@ def launch(x: Tensor, r: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tens
 def examples(dtype: torch.dtype, device: str) -> Iterator[tuple]:
     """Calls that reach every config, and ragged rows: what is compiled offline and run beside the op's own cases."""
     for d in (*(width for width, _ in CONFIGS), 1001, CONFIGS[-1][0] + 2 * LONG_BLOCK - 5):
-        x, r = torch.randn(2, 3, d, dtype=dtype, device=device)
+        x, r = torch.randn(2, 3, d, dtype=dtype, device=device) + 2  # a mean, which masked columns must not bring in
         w, b = torch.randn(2, d, dtype=dtype, device=device)
         yield x, r, w, b, 1e-5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -95,3 +95,10 @@ def launch(x: Tensor, r: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tens
         kernel = _build(d, eps, h.numel() >= PARALLEL_FROM and torch.get_num_threads() > 1)
         kernel(x.view(-1, d), r.view(-1, d), w.contiguous(), b.contiguous(), y.view(-1, d), h.view(-1, d))
     return y, h
+
+
+def examples(dtype: torch.dtype, device: str) -> Iterator[tuple]:
+    """A call that runs in parallel: run beside the op's own cases."""
+    d = 1001
+    x, r = torch.randn(2, PARALLEL_FROM // d + 1, d, dtype=dtype, device=device)
+    yield x, r, *torch.randn(2, d, dtype=dtype, device=device), 1e-5

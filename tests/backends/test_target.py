@@ -45,7 +45,9 @@ def test_a_dtype_without_a_peak_is_refused() -> None:
         Target.load("a100").seconds(1, 1, 1, torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize(("name", "said"), [("h20", "Did you mean 'h200'"), ("cuda:sm_91", "Did you mean 'cuda:sm_90'"), ("tpu", "Known: a100, b200, cpu, h200")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("h20", "Did you mean 'h200'"), ("cuda:sm_91", "Did you mean 'cuda:sm_90'"), ("tpu", "Known: a100, b200, cpu, h200")]
+)
 def test_an_unknown_target_names_the_known_ones(name: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         Target.load(name)

@@ -1,0 +1,330 @@
+"""The command line: one thin command a function. Data on stdout, all else on stderr; --json prints one object, also on failure."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..ir.errors import RewrightError, UsageError
+
+app = typer.Typer(
+    name="rewright", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Make neural networks smaller and faster by rewriting their graphs, with no silent step."
+)
+
+Model = Annotated[str, typer.Argument(help=".pt2, saved result folder, hf:NAME_OR_FOLDER, timm:NAME, py:module:callable, zoo:minilm")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Inputs = Annotated[str | None, typer.Option(help="Example inputs: an .npz file or 'name=int64[2,16],...'.")]
+RecipeName = Annotated[str | None, typer.Option("-r", "--recipe", help="Shipped recipe or .toml file.")]
+PassNames = Annotated[list[str] | None, typer.Option("-p", "--pass", help="PASS[:option=value,...]; repeat for several.")]
+TargetName = Annotated[str | None, typer.Option(help="cpu, h200, a100, cuda:sm_90 or a .toml file.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="pass.option=value, over the recipe's.")]
+
+
+@app.command()
+def optimize(
+    model: Model,
+    recipe: RecipeName = None,
+    passes: PassNames = None,
+    out: Annotated[str | None, typer.Option("-o", "--out", help="model.onnx, model.pt2 or a folder.")] = None,
+    target: TargetName = None,
+    inputs: Inputs = None,
+    settings: Settings = None,
+    calibration: Annotated[str | None, typer.Option(help="More batches to judge lossy passes on: an .npz file with a leading batch axis.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Module path no lossy pass may touch.")] = None,
+    profile: Annotated[str, typer.Option(help="ONNX operators: ort (com.microsoft where faster) or pure.")] = "ort",
+    opset: Annotated[int, typer.Option(help="ONNX opset of an .onnx output.")] = 20,
+    verify: Annotated[bool, typer.Option(help="Check every pass against the original.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Rewrite MODEL by a recipe or passes, verify every step, write the result."""
+    from . import present
+    from .optimize import optimize as run
+
+    plan = _recipe(recipe, passes, settings)
+    if out is not None:
+        _check_out(out)
+    with present.progress() as bar:
+        loaded = _load(model, inputs)
+        loaded.inputs += _more(loaded, calibration)
+        result = run(loaded, recipe=plan, target=target, verify=verify, ignore=ignore or (), progress=bar)
+        written = _write(result, out, profile, opset) if out is not None else None
+    payload = {
+        "model": model,
+        "target": target or plan.target,
+        "output": written,
+        "passes": [r.as_dict() for r in result.records],
+        "verification": result.verification,
+    }
+    undone = [f"{r.name}: {r.undone}" for r in result.outcome.undone]
+    if undone:
+        payload["error"] = {"code": "promise-broken", "message": f"undone: {'; '.join(undone)}"}
+    _print(payload, as_json, lambda: present.result(result, model, written))
+    if undone:
+        raise typer.Exit(4)
+
+
+@app.command()
+def plan(model: Model, recipe: RecipeName = None, passes: PassNames = None, target: TargetName = None, inputs: Inputs = None, settings: Settings = None, as_json: Json = False) -> None:
+    """A dry run: what would match, be declined and why, and what it is predicted to buy. Writes nothing."""
+    from . import present
+    from .optimize import optimize as run
+
+    chosen = _recipe(recipe, passes, settings)
+    with present.progress() as bar:
+        result = run(_load(model, inputs), recipe=chosen, target=target, verify=False, progress=bar)
+    _print(present.plan_payload(result, target or chosen.target), as_json, lambda: present.plan(result, target or chosen.target))
+
+
+@app.command()
+def inspect(model: Model, inputs: Inputs = None, text: Annotated[bool, typer.Option("--text", help="Print the whole program as Python.")] = False, as_json: Json = False) -> None:
+    """What MODEL is: inputs, blocks, ops, weights; what was not understood."""
+    from . import present
+
+    if model.endswith(".onnx"):
+        facts = present.onnx_facts(Path(model))
+        return _print(facts, as_json, lambda: present.facts(facts))
+    graph = _canonical(model, inputs)
+    facts = present.graph_facts(graph, model)
+    _print(facts, as_json, lambda: present.facts(facts))
+    if text and not as_json:
+        from ..ir.show import show
+
+        print(show(graph))
+
+
+@app.command()
+def explain(model: Model, name: Annotated[str, typer.Argument(help="Pass name.")], inputs: Inputs = None, most: int = 5, as_json: Json = False) -> None:
+    """Where a pass applies in MODEL, what it declines and why, and what came closest to matching."""
+    from .optimize import explain as run
+
+    found = run(_canonical(model, inputs), name, most)
+    _print({"name": found.name, "applied": found.applied, "declined": [vars(d) for d in found.declined], "misses": [str(m) for m in found.misses]}, as_json, lambda: print("\n".join(found.lines())))
+
+
+@app.command()
+def diff(a: Model, b: Model, inputs: Inputs = None, as_json: Json = False) -> None:
+    """What changed between two models: ops, weights, cost, and the program text."""
+    from dataclasses import asdict
+
+    from . import present
+    from .optimize import diff as run
+
+    found = run(_canonical(a, inputs), _canonical(b, inputs))
+    _print({**asdict(found), "equal": found.equal}, as_json, lambda: present.difference(found))
+
+
+@app.command()
+def verify(
+    a: Model, b: Model, inputs: Inputs = None, min_cosine: float = 0.999, max_error: Annotated[float | None, typer.Option(help="Largest relative error.")] = None, as_json: Json = False
+) -> None:
+    """Run two models (a .onnx file may be one) on the same inputs at several shapes; exit code 4 if they differ by more than allowed."""
+    from . import present
+    from .compare import compare_models
+
+    found = compare_models(a, b, inputs)
+    ok = found.cosine >= min_cosine and (max_error is None or found.relative_error <= max_error)
+    payload: dict[str, Any] = {"a": a, "b": b, **found.as_dict(), "ok": ok}
+    if not ok:
+        payload["error"] = {"code": "promise-broken", "message": f"cosine {found.cosine:.5f}, relative error {found.relative_error:.2g}: more than allowed (min cosine {min_cosine}, max error {max_error})"}
+    _print(payload, as_json, lambda: present.facts(payload))
+    if not ok:
+        raise typer.Exit(4)
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(help="Models or .onnx files; the first is the reference.")],
+    inputs: Inputs = None,
+    shapes: Annotated[str, typer.Option(help="batch x sequence (or the model's own dims), comma separated.")] = "1x32,8x128",
+    threads: int = 1,
+    rounds: int = 15,
+    as_json: Json = False,
+) -> None:
+    """Time models against each other: one process, alternating runs, median, spread and ratio to the first."""
+    from . import present
+    from .compare import bench_models
+
+    found = bench_models(models, shapes, inputs, threads, rounds)
+    _print(found, as_json, lambda: present.timings(found))
+
+
+@app.command()
+def cost(model: Model, target: TargetName = "cpu", inputs: Inputs = None, most: int = 15, as_json: Json = False) -> None:
+    """Bytes, FLOPs and predicted time of every call on a target, the dearest first. No device is needed."""
+    from . import present
+    from .optimize import cost as run
+
+    rows = run(_canonical(model, inputs), target or "cpu")
+    _print(present.cost_payload(rows, target or "cpu"), as_json, lambda: present.costs(rows, target or "cpu", most))
+
+
+@app.command()
+def bisect(model: Model, recipe: RecipeName = None, passes: PassNames = None, inputs: Inputs = None, settings: Settings = None, limit: float | None = None, as_json: Json = False) -> None:
+    """Run a recipe without verification; if the end result is off, name the pass and the layer that did it."""
+    from .optimize import bisect as run
+    from .optimize import optimize as rewrite
+
+    result = rewrite(_load(model, inputs), recipe=_recipe(recipe, passes, settings), verify=False)
+    found = run(result, limit)
+    payload = {"culprit": None if found is None else vars(found)}
+    _print(payload, as_json, lambda: print(found or "the end result is within the limit; no pass is at fault"))
+
+
+@app.command()
+def export(
+    model: Model, out: Annotated[str, typer.Argument(help="model.onnx")], profile: str = "ort", opset: int = 20, inputs: Inputs = None, as_json: Json = False
+) -> None:
+    """Write MODEL as ONNX, checked in onnxruntime at several shapes before the file gets its name."""
+    from .optimize import optimize as run
+
+    _check_out(out)
+    done = run(_load(model, inputs), recipe=[]).export(out, _profile(profile), opset)
+    payload = {**vars(done), "path": str(done.path), "parity": done.parity.as_dict() if done.parity else None}
+    _print(payload, as_json, lambda: print(f"{done.path}: {done.nodes} nodes, {done.bytes / 1e6:.1f} MB, opset {done.opset}, onnxruntime within {done.parity.relative_error:.1e} of the graph" if done.parity else done.path))
+
+
+@app.command()
+def passes(as_json: Json = False) -> None:
+    """All passes with their options and what each rewrites."""
+    from . import present
+
+    rows = present.pass_rows()
+    _print({"passes": rows}, as_json, lambda: present.passes(rows))
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe, to copy and edit.")] = None, as_json: Json = False) -> None:
+    """Shipped recipes; with a NAME its text (`rewright recipes NAME > my.toml`)."""
+    from . import present
+
+    if name is not None:
+        text = present.recipe_text(name)
+        return _print({"name": name, "toml": text}, as_json, lambda: print(text, end=""))
+    rows = present.recipe_rows()
+    _print({"recipes": rows}, as_json, lambda: present.named(rows))
+
+
+@app.command()
+def targets(as_json: Json = False) -> None:
+    """Hardware descriptions that come with rewright."""
+    from . import present
+
+    rows = present.target_rows()
+    _print({"targets": rows}, as_json, lambda: present.targets(rows))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What is installed, what this machine can run, and what is missing for the rest."""
+    from . import present
+
+    found = present.doctor_facts()
+    _print(found, as_json, lambda: present.facts(found))
+
+
+@app.command()
+def demo(out: str = "minilm-int8.onnx", quick: Annotated[bool, typer.Option(help="Fewer rounds and texts.")] = False, as_json: Json = False) -> None:
+    """The main job on a real model: MiniLM to 8 bits, written as ONNX, with a table of what it cost and bought."""
+    from . import present
+    from .demo import demo as run
+
+    _check_out(out)
+    with present.progress() as bar:
+        found = run(Path(out), quick, bar)
+    _print(found.payload, as_json, lambda: present.demo(found))
+
+
+# -- shared ---------------------------------------------------------------------------------------------------------
+
+
+def _print(payload: dict[str, Any], as_json: bool, human: Callable[[], Any]) -> None:
+    if as_json:
+        print(json.dumps(payload, default=str))
+    else:
+        human()
+
+
+def _load(model: str, inputs: str | None) -> Any:
+    from .models import load_model
+
+    return load_model(model, inputs)
+
+
+def _more(loaded: Any, calibration: str | None) -> list[Any]:
+    if calibration is None:
+        return []
+    from .models import batches_from_npz
+
+    return batches_from_npz(loaded.graph, calibration)
+
+
+def _canonical(model: str, inputs: str | None) -> Any:
+    from ..passes.pipeline import Pipeline
+
+    return Pipeline([], verify=False).run(_load(model, inputs).graph).graph
+
+
+def _recipe(recipe: str | None, passes: list[str] | None, settings: list[str] | None) -> Any:
+    from ..passes.recipe import from_command_line
+
+    return from_command_line(recipe, passes or [], settings or [])
+
+
+def _profile(name: str) -> Any:
+    if name not in ("ort", "pure"):
+        raise UsageError(f"no ONNX profile {name!r}; there are ort and pure")
+    return name
+
+
+def _check_out(out: str) -> None:
+    from ..ir.files import check_writable
+
+    path = Path(out)
+    if path.suffix not in ("", ".onnx", ".pt2"):
+        raise UsageError(f"can't tell what to write from {out!r}: end it in .onnx or .pt2, or name a folder")
+    check_writable(path)
+
+
+def _write(result: Any, out: str, profile: str, opset: int) -> str:
+    path = Path(out)
+    if path.suffix == ".onnx":
+        result.export(path, _profile(profile), opset)
+    elif path.suffix == ".pt2":
+        result.export_pt2(path)
+    else:
+        result.save(path)
+    return str(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: every failure is one sentence and an exit code (DESIGN 7)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    code, name, message = 1, "internal", ""
+    try:
+        import click
+
+        code = app(arguments, standalone_mode=False) or 0
+        sys.exit(code)
+    except RewrightError as error:
+        code, name, message = error.code, error.name, str(error)
+    except (KeyboardInterrupt, click.Abort):
+        code, name, message = 130, "interrupted", "interrupted; nothing was written"
+    except click.ClickException as error:
+        code, name, message = 2, "usage", error.format_message()
+    except MemoryError:
+        code, name, message = 5, "resource", "out of memory; use smaller example inputs or a smaller calibration set"
+    except OSError as error:
+        code, name, message = 5, "resource", str(error)
+    except Exception as error:  # our bug: say so, keep the trace for whoever asks
+        if "--debug" in arguments:
+            raise
+        code, name, message = 1, "internal", f"a bug in rewright ({type(error).__name__}: {error}); please report it with the command you ran"
+    if "--json" in arguments:
+        print(json.dumps({"error": {"code": name, "message": message}}))
+    print(f"rewright: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,226 @@
+"""MODEL on the command line and in `optimize`: a file, a saved result, hf:, timm:, py:, zoo:, or a module in hand."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ir.capture import capture
+from ..ir.errors import InputFileError, UsageError, near
+from ..ir.graph import Graph
+from .zoo import ZooModel, load_zoo, offline
+
+Flat = tuple[Tensor, ...]
+
+
+@dataclass
+class Loaded:
+    """A captured model with inputs to run it on."""
+
+    name: str
+    graph: Graph
+    inputs: list[Flat]
+    """Flat inputs: the example first, then calibration batches."""
+    module: nn.Module | None = None
+    zoo: ZooModel | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def load_model(spec: str, inputs: str | None = None) -> Loaded:
+    """Load and capture what MODEL names. `inputs`: an .npz file or 'name=dtype[2,16],...' where the model brings none.
+
+    Raises UsageError for an unknown kind of MODEL, InputFileError for a file that is missing, damaged or another kind.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "zoo" and rest:
+        zoo = load_zoo(rest)
+        return _capture(spec, zoo.module, (), _given(inputs) or zoo.example, zoo, zoo.calibration)
+    if kind == "hf" and rest:
+        module, example = _transformers(rest)
+        return _capture(spec, module, (), _given(inputs) or example)
+    if kind == "timm" and rest:
+        return _capture(spec, *_timm(rest, inputs))
+    if kind == "py" and rest:
+        return _capture(spec, *_python(rest, inputs))
+    return _from_file(spec, inputs)
+
+
+def _capture(name: str, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], zoo: ZooModel | None = None, batches: Iterable[Any] = ()) -> Loaded:
+    graph = capture(module, args, kwargs)
+    return Loaded(name, graph, [graph.flat_inputs(args, kwargs), *(as_flat(graph, b) for b in batches)], module, zoo, dict(kwargs))
+
+
+def as_flat(graph: Graph, batch: Any) -> Flat:
+    """One batch of a user's data as flat inputs: a dict of keyword arguments, a tuple of positional ones, or one tensor."""
+    if isinstance(batch, Mapping):
+        return graph.flat_inputs((), batch)
+    return graph.flat_inputs(tuple(batch) if isinstance(batch, list | tuple) else (batch,))
+
+
+def _from_file(spec: str, inputs: str | None) -> Loaded:
+    path = Path(spec)
+    if path.is_dir():
+        from ..ir.save import load_graph
+
+        graph = load_graph(path)
+    elif not path.exists():
+        looks_like_file = path.suffix in (".onnx", ".pt2") or "/" in spec
+        if looks_like_file:
+            raise InputFileError(f"no file {spec}")
+        raise UsageError(f"{spec!r} is no model: give a .pt2 file, a saved result folder, hf:NAME, timm:NAME, py:module:callable or zoo:minilm.{near(spec, ('zoo:minilm',))}")
+    elif path.suffix == ".pt2":
+        graph = capture(path)
+    elif path.suffix == ".onnx":
+        check_onnx(path)
+        raise UsageError(f"{spec} is an ONNX file: `inspect`, `bench` and `verify` read it; rewriting one needs the PyTorch model (hf:, py:, .pt2)")
+    else:
+        raise InputFileError(f"{spec} is {_what_is(path)}; expected .pt2, .onnx or a saved result folder")
+    given = _given(inputs)
+    flat = [graph.flat_inputs((), given)] if given else [random_inputs(graph)]
+    return Loaded(spec, graph, flat)
+
+
+def random_inputs(graph: Graph, seed: int = 0) -> Flat:
+    """Inputs of the example sizes: small random integers (masks are ones), unit normal floats."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for node in graph.inputs:
+        value = node.meta["val"]
+        shape = [graph.size(s) for s in value.shape]
+        if "mask" in str(node.target) or value.dtype == torch.bool:
+            made.append(torch.ones(shape, dtype=value.dtype))
+        elif value.is_floating_point():
+            made.append(torch.randn(shape, generator=generator).to(value.dtype))
+        else:
+            made.append(torch.randint(0, 100, shape, generator=generator).to(value.dtype))
+    return tuple(made)
+
+
+def check_onnx(path: Path) -> Any:
+    """Read an ONNX file as an onnx_ir model. Raises InputFileError when it is missing or not one."""
+    import onnx_ir
+
+    if not path.exists():
+        raise InputFileError(f"no file {path}")
+    if path.is_dir() or path.stat().st_size == 0:
+        raise InputFileError(f"{path} is {'a folder' if path.is_dir() else 'empty'}; expected an ONNX model")
+    try:
+        model = onnx_ir.load(path)
+    except Exception as error:  # protobuf's DecodeError, and whatever else damaged bytes lead to
+        raise InputFileError(f"{path} is not an ONNX model: it looks like {_what_is(path)}") from error
+    if not model.graph.outputs:
+        raise InputFileError(f"{path} is not an ONNX model: it has no graph with outputs")
+    return model
+
+
+def _what_is(path: Path) -> str:
+    with open(path, "rb") as file:
+        head = file.read(8)
+    for magic, what in ((b"PK\x03\x04", "a zip archive (.pt, .pt2, .npz or .keras?)"), (b"GGUF", "a GGUF file"), (b"\x89HDF", "an HDF5 file"), (b"\x80\x02", "a pickle"), (b"\x80\x04", "a pickle")):
+        if head.startswith(magic):
+            return what
+    if not head:
+        return "an empty file"
+    return "a text file" if head.isascii() and head.decode("ascii").isprintable() else "binary data of an unknown kind"
+
+
+def batches_from_npz(graph: Graph, path: str) -> list[Flat]:
+    """Calibration batches from an .npz: arrays named like the inputs, each with a leading axis of batches."""
+    if not path.endswith(".npz"):
+        raise UsageError(f"calibration data must be an .npz file, got {path}")
+    arrays = _given(path)
+    if missing := [n for n in graph.call.names if n not in arrays]:
+        raise InputFileError(f"{path} lacks {', '.join(missing)}; it has {', '.join(arrays)}")
+    count = min(len(arrays[n]) for n in graph.call.names)
+    return [tuple(arrays[n][i] for n in graph.call.names) for i in range(count)]
+
+
+_INPUT = re.compile(r"(?P<name>\w+)=(?P<dtype>\w+)\[(?P<shape>[\d,\s]*)\]")
+
+
+def _given(spec: str | None) -> dict[str, Tensor]:
+    """--inputs: the arrays of an .npz file, or random tensors of 'name=dtype[2,16],...' (ints are small, masks ones)."""
+    if not spec:
+        return {}
+    if spec.endswith(".npz"):
+        import numpy
+
+        try:
+            with numpy.load(spec, allow_pickle=False) as data:
+                return {k: torch.from_numpy(data[k]) for k in data.files}
+        except (OSError, ValueError) as error:
+            raise InputFileError(f"{spec} is not a readable .npz file: {error}") from error
+    found = list(_INPUT.finditer(spec))
+    if not found or "".join(m.group(0) for m in found) != re.sub(r"\]\s*,\s*", "]", spec):
+        raise UsageError(f"--inputs {spec!r} is not 'name=dtype[2,16],...' or an .npz file")
+    made = {}
+    for m in found:
+        dtype = getattr(torch, m["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise UsageError(f"--inputs names the dtype {m['dtype']!r}; expected one like float32 or int64")
+        shape = [int(s) for s in m["shape"].split(",") if s.strip()]
+        if "mask" in m["name"]:
+            made[m["name"]] = torch.ones(shape, dtype=dtype)
+        else:
+            made[m["name"]] = torch.randn(shape, dtype=dtype) if dtype.is_floating_point else torch.randint(0, 100, shape, dtype=dtype)
+    return made
+
+
+def _transformers(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A local transformers model (folder or cached name; nothing is downloaded) with example inputs from its config."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError("hf: models need the package transformers; install rewright[hf]") from error
+    try:
+        with offline():
+            model = transformers.AutoModel.from_pretrained(name, local_files_only=True).eval()
+    except OSError as error:
+        raise InputFileError(f"hf:{name} is neither a folder with a transformers model nor in the local cache: {str(error).splitlines()[0][:200]}") from error
+    model.config.use_cache = False
+    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+        size = getattr(model.config, "image_size", 224)
+        return model, {"pixel_values": torch.randn(2, getattr(model.config, "num_channels", 3), size, size)}
+    ids = torch.randint(0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _timm(name: str, inputs: str | None) -> tuple[nn.Module, tuple, dict[str, Any]]:
+    try:
+        import timm  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise UsageError("timm: models need the package timm") from error
+    try:
+        model = timm.create_model(name, pretrained=False).eval()
+    except RuntimeError as error:
+        raise UsageError(f"timm has no model {name!r}") from error
+    given = tuple(_given(inputs).values())
+    return model, given or (torch.randn(2, *model.default_cfg["input_size"]),), {}
+
+
+def _python(place: str, inputs: str | None) -> tuple[nn.Module, tuple, dict[str, Any]]:
+    """py:module:callable runs the user's own code: it returns a module, or (module, args) or (module, kwargs)."""
+    module_name, _, function = place.partition(":")
+    try:
+        made = getattr(importlib.import_module(module_name), function or "model")
+    except ModuleNotFoundError as error:
+        raise UsageError(f"py:{place}: no module named {error.name!r} on the Python path") from error
+    except AttributeError as error:
+        raise UsageError(f"py:{place}: module {module_name} has no {function or 'model'!r}") from error
+    made = made() if callable(made) and not isinstance(made, nn.Module) else made
+    model, example = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"py:{place} gave a {type(model).__name__}; expected an nn.Module, (module, args) or (module, kwargs)")
+    given = _given(inputs)
+    if given or isinstance(example, Mapping):
+        return model, (), given or dict(example)
+    if example is None:
+        raise UsageError(f"py:{place} gave no example inputs; return (module, inputs) from it, or give --inputs")
+    return model, tuple(example) if isinstance(example, list | tuple) else (example,), {}

@@ -1,0 +1,255 @@
+"""The public functions behind both the Python API and the CLI (DESIGN 7)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..backends.onnx.export import Exported, Profile, export
+from ..backends.target import Target
+from ..ir.capture import capture as _capture
+from ..ir.cost import NodeCost, node_costs
+from ..ir.diff import Diff
+from ..ir.diff import diff as _diff
+from ..ir.errors import InputFileError, UsageError
+from ..ir.files import check_writable, replacing
+from ..ir.graph import Graph, quiet
+from ..ir.pattern import Miss
+from ..ir.save import load_graph, save_graph
+from ..ir.verify import Drift, compare, example_inputs
+from ..passes import find_pass
+from ..passes.pipeline import Culprit, Outcome, Pipeline, Record
+from ..passes.pipeline import bisect as _bisect
+from ..passes.recipe import Recipe, make_pass
+from ..passes.rewrite import Declined, Pass, Rewrite, near_misses
+from .models import Flat, Loaded, as_flat, load_model, random_inputs
+
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclass
+class Result:
+    """An optimized model: the program now, what was done to it, and ways out."""
+
+    outcome: Outcome
+    recipe: Recipe
+    inputs: list[Flat] = field(default_factory=list)
+
+    @property
+    def module(self) -> torch.fx.GraphModule:
+        """An ordinary trainable nn.Module with the original's signature and output structure."""
+        return self.outcome.graph.module
+
+    @property
+    def graph(self) -> Graph:
+        """The program."""
+        return self.outcome.graph
+
+    @property
+    def records(self) -> list[Record]:
+        """One a pass: matched, applied, declined, predicted, measured, seconds, undone."""
+        return self.outcome.records
+
+    @property
+    def verification(self) -> dict[str, Any]:
+        """The end result against the original, over every input tried."""
+        total = self.outcome.total
+        return total.as_dict() if total else {"note": "nothing was run: no inputs, or no weights"}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a folder: weights.safetensors, graph.json, recipe.resolved.toml, manifest.json. No pickle.
+
+        Raises ResourceError when it can't be written; what was there before then stays.
+        """
+        folder = Path(folder)
+        check_writable(folder)
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            save_graph(self.graph, temporary)
+            (temporary / "recipe.resolved.toml").write_text(self.recipe.to_toml(), encoding="utf8")
+            manifest = {"rewright": __version__, "torch": torch.__version__, "verification": self.verification, "passes": [r.as_dict() for r in self.records]}
+            manifest["files"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(temporary.iterdir())}
+            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1, default=str), encoding="utf8")
+        return folder
+
+    def export_pt2(self, path: str | Path) -> Path:
+        """Write a torch.export archive; loading it needs `import rewright` for our ops."""
+        path = Path(path)
+        check_writable(path)
+        dims = tuple({axis: torch.export.Dim.AUTO for axis, size in enumerate(n.meta["val"].shape) if isinstance(size, torch.SymInt)} for n in self.graph.inputs)
+        args = self.inputs[0] if self.inputs else random_inputs(self.graph)
+        with quiet(), torch.no_grad(), replacing(path) as temporary:
+            kwargs = dict(zip(self.graph.call.names, args))
+            torch.export.save(torch.export.export(self.module, (), kwargs, dynamic_shapes=dict(zip(kwargs, dims)), strict=False), temporary)
+        return path
+
+    def export(self, path: str | Path, profile: Profile = "ort", opset: int = 20) -> Exported:
+        """Write an ONNX file, checked in onnxruntime at several shapes before it gets its name."""
+        check_writable(Path(path))
+        return export(self.graph, path, self.inputs[:1], profile, opset)
+
+
+def capture(model: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Mapping[str, Any] | None = None) -> Graph:
+    """Capture a model as a Graph in canonical form. See ir.capture.capture for the arguments."""
+    return Pipeline([], verify=False).run(_capture(model, args, kwargs, dynamic_shapes)).graph
+
+
+def optimize(
+    model: nn.Module | Graph | Loaded | str | Path,
+    example_inputs: Any = None,
+    recipe: str | Path | Recipe | Sequence[Pass] = "encoder-int8",
+    calibration: Iterable[Any] = (),
+    target: str | None = None,
+    metric: Callable[[nn.Module], float] | None = None,
+    verify: bool = True,
+    ignore: Sequence[str] = (),
+    latency: Callable[[Graph], float] | None = None,
+    progress: Progress = _silent,
+) -> Result:
+    """Rewrite a model by a recipe, every pass verified.
+
+    example_inputs: dict of keyword arguments, tuple of positional ones, or one tensor (not needed for zoo: and files).
+    recipe: shipped name, TOML path, Recipe, or a list of passes. calibration: batches like example_inputs; lossy passes
+    are judged on the last quarter of them. target: overrides the recipe's. metric: module -> number, higher is better.
+    ignore: module paths no lossy pass touches. latency: graph -> milliseconds, recorded after every pass that changed something.
+    Raises RecipeError, InputFileError, CaptureError, PromiseBroken (a required pass matched nothing).
+    """
+    plan = as_recipe(recipe)
+    loaded = _loaded(model, example_inputs)
+    batches = [as_flat(loaded.graph, b) for b in calibration] or loaded.inputs[1:]
+    held_out = batches[-max(1, len(batches) // 4) :] if batches else []
+    machine = Target.load(target or plan.target)
+    pipeline = Pipeline(
+        plan.passes, machine, plan.budget, plan.require_match, (*plan.ignore, *ignore), verify, predict=lambda g: predicted_seconds(g, machine), latency=latency, metric=metric, progress=progress
+    )
+    inputs = [*loaded.inputs[:1], *held_out[:4]]
+    return Result(pipeline.run(loaded.graph, inputs), plan, inputs)
+
+
+def plan(model: Any, example_inputs: Any = None, recipe: Any = "encoder-int8", target: str | None = None) -> Result:
+    """A dry run: what would match, be applied and declined, and what it is predicted to buy. Nothing is measured or written."""
+    return optimize(model, example_inputs, recipe, target=target, verify=False)
+
+
+def as_recipe(recipe: str | Path | Recipe | Sequence[Pass]) -> Recipe:
+    """A recipe from any of the forms `optimize` takes."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.load(recipe) if isinstance(recipe, str | Path) else Recipe(tuple(recipe))
+
+
+def _loaded(model: Any, given: Any) -> Loaded:
+    if isinstance(model, Loaded):
+        return model
+    if isinstance(model, str | Path):
+        loaded = load_model(str(model))
+        return loaded if given is None else Loaded(loaded.name, loaded.graph, [as_flat(loaded.graph, given)], loaded.module)
+    if isinstance(model, Graph):
+        return Loaded("graph", model, [as_flat(model, given)] if given is not None else [])
+    if given is None:
+        raise UsageError("a module needs example_inputs: a dict of keyword arguments, a tuple of positional ones, or one tensor")
+    args, kwargs = ((), given) if isinstance(given, Mapping) else (tuple(given) if isinstance(given, list | tuple) else (given,), {})
+    graph = _capture(model, args, kwargs)
+    return Loaded(type(model).__name__, graph, [graph.flat_inputs(args, kwargs)], model)
+
+
+def load(folder: str | Path) -> Result:
+    """A saved result, checked against its manifest. Raises InputFileError if the folder is incomplete or was altered."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf8"))
+        recipe = Recipe.parse((folder / "recipe.resolved.toml").read_text(encoding="utf8"), str(folder / "recipe.resolved.toml"))
+        for name, digest in manifest["files"].items():
+            if hashlib.sha256((folder / Path(name).name).read_bytes()).hexdigest() != digest:
+                raise InputFileError(f"{folder / name} was changed after it was saved (its hash differs from the manifest)")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputFileError(f"{folder} is not a saved result: {error}") from error
+    graph = load_graph(folder)
+    records = [Record(**{**r, "declined": [Declined(**d) for d in r["declined"]]}) for r in manifest["passes"]]
+    return Result(Outcome(graph, graph, records, recipe.passes, []), recipe)
+
+
+def cost(graph: Graph, target: str | Target = "cpu", sizes: Mapping[str, int] | None = None) -> list[tuple[NodeCost, float, str]]:
+    """Every call with its predicted roofline seconds on the target and what bounds it. No device is needed."""
+    machine = target if isinstance(target, Target) else Target.load(target)
+    return [(c, *_seconds(c, machine)) for c in node_costs(graph, sizes)]
+
+
+def predicted_seconds(graph: Graph, machine: Target, sizes: Mapping[str, int] | None = None) -> float:
+    """Sum of the roofline times of all calls: a prediction."""
+    return sum(_seconds(c, machine)[0] for c in node_costs(graph, sizes))
+
+
+def _seconds(c: NodeCost, machine: Target) -> tuple[float, str]:
+    from ..backends.target import NAMES
+
+    name = NAMES.get(c.dtype, "fp32")
+    return machine.seconds(c.cost.flops, c.cost.bytes, c.cost.launches, name if name in machine.peak else "fp32")
+
+
+def verify(a: nn.Module | Graph, b: nn.Module | Graph, inputs: Any) -> Drift:
+    """How far `b` is from `a` on inputs (one batch or a list), for a Graph also at batch 1 and other sizes."""
+    batches = inputs if isinstance(inputs, list) else [inputs]
+    if isinstance(a, Graph) and isinstance(b, Graph):
+        flats = [as_flat(a, x) for x in batches]
+        return compare(a.run, b.run, [*example_inputs(a, flats[0]), *flats[1:]])
+    total = Drift()
+    for batch in batches:
+        args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch if isinstance(batch, tuple) else (batch,), {})
+        with torch.no_grad():
+            one, other = (torch.utils._pytree.tree_leaves(m(*args, **kwargs)) for m in (a, b))
+        total = total & compare(lambda _, one=one: one, lambda _, other=other: other, [()])
+    return total
+
+
+def diff(a: Graph, b: Graph) -> Diff:
+    """What changed between two graphs: ops, weights, cost, text."""
+    return _diff(a, b)
+
+
+def bisect(result: Result, limit: float | None = None) -> Culprit | None:
+    """From a bad end result to the pass, then to the layer. None when the end is within `limit` of the original."""
+    if not result.inputs:
+        raise UsageError("bisect re-runs the passes and needs the inputs: use the Result of `optimize`, not a loaded one")
+    return _bisect(result.outcome.original, result.outcome.passes, result.inputs, limit)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a pass would do to a graph and why not elsewhere."""
+
+    name: str
+    applied: list[str]
+    declined: list[Declined]
+    misses: list[Miss]
+    """Nearest misses, closest first."""
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        found = [f"{self.name}: applies to {len(self.applied)}, declines {len(self.declined)}, misses narrowly {len(self.misses)}"]
+        found += [f"  applies   {a}" for a in self.applied]
+        found += [f"  declines  {d.layer or d.node}: {d.why}" for d in self.declined]
+        found += [f"  misses    {m}" for m in self.misses]
+        return found
+
+
+def explain(graph: Graph, name: str, most: int = 5, **options: Any) -> Explanation:
+    """What the pass `name` matches in the graph, what it declines and why, and what came closest to matching."""
+    step = make_pass(name, options)
+    if not graph.canonical:
+        graph = Pipeline([], verify=False).run(graph).graph
+    misses = near_misses(graph, step, most) if isinstance(step, Rewrite) else []
+    record = Pipeline([step], verify=False).run(graph).records[-1]
+    return Explanation(find_pass(name).name, record.layers, record.declined, misses)

