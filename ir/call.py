@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
@@ -77,7 +76,9 @@ class Call:
                     raise UsageError(f"argument {captured.name!r} was captured as {constant!r}; got {leaf!r}. Capture again with the new value")
         for name, value in values.items():
             if value is not None and value is not False and not self._is_default(name, value):
-                raise UsageError(f"argument {name!r} was not part of the capture (it has {', '.join(c.name for c in self.captured)}); give it in the example inputs")
+                raise UsageError(
+                    f"argument {name!r} was not part of the capture (it has {', '.join(c.name for c in self.captured)}); give it in the example inputs"
+                )
         return tuple(flat)
 
     def _is_default(self, name: str, value: Any) -> bool:
@@ -144,5 +145,3 @@ class CallCodeGen(CodeGen):
 
     def __deepcopy__(self, memo: dict) -> CallCodeGen:
         return CallCodeGen(self.call)  # a Call never changes
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import StatelessSymbolicContext, DimDynamic
 from torch.utils import _pytree as pytree
 
 from .call import SIMPLE, Call, CallCodeGen, Captured, Parameter
@@ -142,7 +142,7 @@ def _export(model: nn.Module, given: dict[str, Any], names: DimNames, parameters
 
     def spec(leaf: Any) -> Any:
         flat = next(flat_names)
-        return {axis: ExportDim.AUTO for axis in names[flat]} if isinstance(leaf, Tensor) else None
+        return dict.fromkeys(names[flat], ExportDim.AUTO) if isinstance(leaf, Tensor) else None
 
     shapes: dict[str, Any] = {}
     for name, value in given.items():
@@ -162,13 +162,17 @@ def _export(model: nn.Module, given: dict[str, Any], names: DimNames, parameters
 
 def _why_not(model: nn.Module, error: Exception) -> str:
     """One sentence: what torch.export refused, the user's own line, and the usual cure."""
-    own = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/ir/capture.py" not in f.filename and not f.filename.startswith("<")]
+    own = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in f.filename and "/ir/capture.py" not in f.filename and not f.filename.startswith("<")
+    ]
     text, kind = str(error), type(error).__name__
     where = f" at {own[-1].filename}:{own[-1].lineno} `{own[-1].line}`" if own else ""
     if "data-dependent" in text or "GuardOnDataDependent" in kind:
         hint = "its control flow depends on tensor values; use torch.where or torch.cond, or bind the value before capture"
     elif "pytree" in text or "Unsupported input type" in text or "output" in text and "type" in text:
-        hint = "an input or output is of a class torch.export does not know; for a cache call with use_cache=False, else register the class with torch.utils._pytree"
+        hint = "an input or output is of a class torch.export does not know; for a cache use use_cache=False, else register it with torch.utils._pytree"
     elif "is_causal" in text or "scaled_dot_product" in text:
         hint = "load the model with attn_implementation='eager'"
     else:
@@ -187,7 +191,7 @@ def _from_exported(exported: ExportedProgram) -> Graph:
     in_spec = exported.call_spec.in_spec
     assert in_spec is not None
     positional, keyword = in_spec.children()[0].num_children, list(in_spec.children()[1].context or [])
-    user = [s for s in exported.graph_signature.user_inputs]
+    user = list(exported.graph_signature.user_inputs)
     if len(user) != positional + len(keyword):
         raise CaptureError(f"the exported program nests its inputs ({in_spec}); capture the nn.Module instead, or export it with flat tensors")
     names = [str(n) for n in user[:positional]] + keyword
@@ -203,7 +207,8 @@ def _from_exported(exported: ExportedProgram) -> Graph:
             dims[name] = {}
             for axis, size in enumerate(value.shape):
                 if isinstance(size, torch.SymInt):
-                    dims[name][axis] = env.setdefault(str(size), f"dim_{len(env)}" if axis > 1 else ("batch", "sequence")[axis] if ("batch", "sequence")[axis] not in env.values() else f"dim_{len(env)}")
+                    usual = ("batch", "sequence")[axis] if axis < 2 else ""
+                    dims[name][axis] = env.setdefault(str(size), usual if usual and usual not in env.values() else f"dim_{len(env)}")
     return _to_graph(exported, parameters, given, dims)
 
 
@@ -215,6 +220,7 @@ def _to_graph(exported: ExportedProgram, parameters: tuple[Parameter, ...], give
         path = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())[-1][0]
         path = "" if path.startswith("_empty_nn_module_stack") else path
         node.meta = {"val": node.meta.get("val"), "path": path if node.op == "call_function" else str(node.target).rpartition(".")[0]}
+    _forget_trace(module.graph)
     leaves = _leaves(given)
     for placeholder, (_, _, leaf) in zip(list(module.graph.find_nodes(op="placeholder")), leaves, strict=True):
         if not isinstance(leaf, Tensor):
@@ -239,6 +245,17 @@ def _to_graph(exported: ExportedProgram, parameters: tuple[Parameter, ...], give
     return graph
 
 
+def _forget_trace(graph: fx.Graph) -> None:
+    """Drop the metadata asserts, and let what was traced on meta be made on the CPU: weights come to it later."""
+    meta, cpu = torch.device("meta"), torch.device("cpu")
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.op == "call_function":
+            node.args = tuple(cpu if a == meta else a for a in node.args)
+            node.kwargs = {k: cpu if v == meta else v for k, v in node.kwargs.items()}
+
+
 def _name_inputs(graph: Graph) -> None:
     for node, name in zip(graph.inputs, graph.call.names, strict=True):
         node._rename(name)
@@ -247,41 +264,25 @@ def _name_inputs(graph: Graph) -> None:
 
 def _propagate_with_our_dims(graph: Graph, names: DimNames) -> None:
     """Fresh fake values in which dims of one name are one symbol; dims torch.export made static stay static, with a note."""
-    fake_mode, symbols = graph.fake_mode, graph.symbols
-    ranges: dict[str, tuple[int, int | None]] = {}
-    examples: dict[str, int] = {}
     for node in graph.inputs:
         old = node.meta["val"]
         shape = list(old.shape)
         for axis, name in names.get(str(node.target), {}).items():
             size = shape[axis]
-            if not isinstance(size, torch.SymInt):
+            if not isinstance(size, torch.SymInt) or size.node.expr.is_number:  # a symbol that the trace found to have one value only
+                shape[axis] = int(size)
                 graph.notes.append(f"{node.target} axis {axis} ({name}) is static: the model fixes it to {size}")
                 continue
             env, expression = size.node.shape_env, size.node.expr
             bounds = env.var_to_range.get(expression) if env is not None else None
             high = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer and int(bounds.upper) < 2**31 else None
-            low, top = ranges.get(name, (1, None))
-            ranges[name] = (low, high if top is None else top if high is None else min(top, high))
-            examples.setdefault(name, size.node.hint)
-            if name not in symbols:
-                symbols[name] = _symbol(fake_mode, examples[name], name)
-            shape[axis] = symbols[name]
-        with fake_mode:
-            node.meta["val"] = torch.empty(shape, dtype=old.dtype, device=old.device)
-    for name, example in examples.items():
-        graph.dims[name] = Dim(name, example, *ranges[name])
-    for node in graph.fx.find_nodes(op="get_attr"):
-        node.meta["val"] = graph.fake(graph.weight(node))
-    with quiet():
-        graph.propagate()
+            if name not in graph.dims:
+                graph.add_dim(Dim(name, size.node.hint, 1, high))
+            elif high is not None:
+                known = graph.dims[name]
+                graph.dims[name] = replace(known, high=high if known.high is None else min(known.high, high))
+            shape[axis] = graph.symbols[name]
+        with graph.fake_mode:
+            node.meta["val"] = torch.empty(shape, dtype=old.dtype, device="cpu" if old.device.type == "meta" else old.device)
+    graph.propagate()
     graph.output.meta["val"] = None
-
-
-def _symbol(fake_mode: Any, example: int, name: str) -> torch.SymInt:
-    """A new symbolic size with `example` as its hint."""
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    fake = fake_mode.from_tensor(torch.empty(example), symbolic_context=context, source=torch._dynamo.source.ConstantSource(name))
-    return fake.shape[0]
-
-

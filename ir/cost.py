@@ -60,7 +60,7 @@ def node_costs(graph: Graph, sizes: Mapping[str, int] | None = None) -> Iterator
     """The cost of every call in order. `sizes`: dim name -> size, default the example's."""
     size = _sizer(graph, sizes)
     for node in graph.nodes:
-        results = [v for v in _tensors(node.meta.get("val"))]
+        results = list(_tensors(node.meta.get("val")))
         name = op_name(node)
         if not results or name in VIEWS:
             continue
@@ -92,7 +92,11 @@ def _flops(node: fx.Node, name: str, results: list[Tensor], size: Any) -> int:
             return 2 * out * math.prod(size(s) for s in operands[1].shape[1:])
         case "attention" | "scaled_dot_product_attention" | "multi_head_attention":
             q, k, v = (arguments(node)[n].meta["val"] for n in _QKV[name])
-            return 2 * _numel(q, size) * size(k.shape[-2]) + 2 * _numel(q, size) // size(q.shape[-1]) * size(k.shape[-2]) * size(v.shape[-1]) if q.dim() == 4 else 4 * _numel(q, size) * size(k.shape[-2])
+            return (
+                2 * _numel(q, size) * size(k.shape[-2]) + 2 * _numel(q, size) // size(q.shape[-1]) * size(k.shape[-2]) * size(v.shape[-1])
+                if q.dim() == 4
+                else 4 * _numel(q, size) * size(k.shape[-2])
+            )
         case "softmax" | "_softmax" | "layer_norm" | "add_layer_norm" | "rms_norm" | "add_rms_norm" | "group_norm" | "gelu":
             return 8 * out
     return out if results[0].is_floating_point() else 0
@@ -125,5 +129,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for v in value:
             yield from _tensors(v)
-
-

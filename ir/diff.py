@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from .cost import cost, op_name
 from .graph import Graph
-from .show import show
+from .show import lines
 
 
 @dataclass(frozen=True)
 class Diff:
-    """`ops`: op -> (count in a, count in b) where they differ; `weights`: names gone and new; `text`: unified diff of `show`."""
+    """`ops`: op -> (count in a, count in b) where they differ; `weights`: names gone and new; `text`: unified diff of the calls."""
 
     ops: dict[str, tuple[int, int]]
     removed_weights: tuple[str, ...]
@@ -35,7 +35,8 @@ def diff(a: Graph, b: Graph) -> Diff:
     count_a, count_b = (Counter(op_name(n) for n in g.nodes) for g in (a, b))
     weights_a, weights_b = a.weights(), b.weights()
     cost_a, cost_b = cost(a), cost(b)
-    lines = difflib.unified_diff(show(a).splitlines(), show(b).splitlines(), "before", "after", lineterm="", n=1)
+    text_a, text_b = (["  ".join(filter(None, (code, f"# {kind}", path))) for code, kind, path in lines(g)] for g in (a, b))  # unaligned
+    changes = difflib.unified_diff(text_a, text_b, "before", "after", lineterm="", n=1)
     return Diff(
         ops={op: (count_a[op], count_b[op]) for op in sorted(count_a | count_b) if count_a[op] != count_b[op]},
         removed_weights=tuple(n for n in weights_a if n not in weights_b),
@@ -44,5 +45,5 @@ def diff(a: Graph, b: Graph) -> Diff:
         flops=(cost_a.flops, cost_b.flops),
         calls=(len(a.nodes), len(b.nodes)),
         weight_bytes=(a.weight_bytes(), b.weight_bytes()),
-        text="\n".join(lines),
+        text="\n".join(changes),
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from . import ops as ops  # registers torch.ops.rewright
 from .call import Call, CallCodeGen
@@ -87,7 +87,7 @@ class Graph:
 
     def weight(self, node: fx.Node | str) -> Tensor:
         """The tensor behind a weight node or name (on the meta device for a graph captured without weights)."""
-        owner, leaf = _owner(self.module, node if isinstance(node, str) else str(node.target))
+        owner, leaf = owner_of(self.module, node if isinstance(node, str) else str(node.target))
         return getattr(owner, leaf)
 
     def weights(self) -> dict[str, Tensor]:
@@ -134,13 +134,13 @@ class Graph:
 
     def _has(self, name: str) -> bool:
         try:
-            owner, leaf = _owner(self.module, name)
+            owner, leaf = owner_of(self.module, name)
         except AttributeError:
             return False
         return hasattr(owner, leaf)
 
     def _register(self, name: str, value: Tensor, like: fx.Node | None) -> fx.Node:
-        owner, leaf = _owner(self.module, name, create=True)
+        owner, leaf = owner_of(self.module, name, create=True)
         if value.is_floating_point():
             owner.register_parameter(leaf, nn.Parameter(value, requires_grad=True))
         else:
@@ -168,8 +168,19 @@ class Graph:
     def infer(self, node: fx.Node) -> None:
         """Compute `meta["val"]` of a call from its operands' fake values."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
-        with enable_python_dispatcher(), self.fake_mode, torch.no_grad():  # without it baddbmm and others refuse symbolic sizes
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        target: Any = node.target
+        with self.fake_mode, torch.no_grad():
+            try:
+                node.meta["val"] = target(*args, **kwargs)
+            except RuntimeError:  # baddbmm and others take symbolic sizes only through their Python decompositions, which are slow
+                with enable_python_dispatcher():
+                    node.meta["val"] = target(*args, **kwargs)
+        node.meta["inferred"] = (node.meta["val"], _made_of(node))
+
+    def is_inferred(self, node: fx.Node) -> bool:
+        """Whether `meta["val"]` was computed from the call as it stands: same op, same literals, operands of the same types."""
+        value, made_of = node.meta.get("inferred", (None, None))
+        return value is node.meta.get("val") and made_of == _made_of(node)
 
     def clean(self) -> int:
         """Drop dead calls and unused weights, check the graph, regenerate its code. Returns the number of dropped calls."""
@@ -192,13 +203,22 @@ class Graph:
 
     def clone(self) -> Graph:
         """An independent graph that shares the weights (no edit ever writes into a weight)."""
+        twin = self.draft()
+        twin.recompile()
+        return twin
+
+    def draft(self) -> Graph:
+        """A clone to be edited: its `module` has no generated code before `clean` or `recompile` (which take most of a clone's time)."""
         copy = fx.Graph()
-        values: dict[fx.Node, fx.Node] = {}
-        output = copy.graph_copy(self.fx, values)
+        output = copy.graph_copy(self.fx, {})
         copy.output(output)
         copy.output_node().meta.update(self.output.meta)
         copy._codegen = CallCodeGen(self.call)
-        twin = graph_module(self.module, copy)
+        twin = fx.GraphModule(nn.Module(), fx.Graph())
+        twin.training = self.module.training
+        for name in (str(n.target) for n in copy.find_nodes(op="get_attr")):
+            _share(self.module, twin, name)
+        twin._graph, copy.owning_module = copy, twin
         return Graph(twin, self.call, dict(self.dims), dict(self.recipes), list(self.notes), self.canonical, self.fake_mode, self.symbols)
 
     # -- running ----------------------------------------------------------------------------------------------------
@@ -216,10 +236,23 @@ class Graph:
             return fx.Interpreter(self.module).run(*flat, enable_io_processing=False)
 
     def propagate(self) -> None:
-        """Recompute every `meta["val"]` from the inputs: shapes, dtypes, symbolic sizes."""
-        for node in self.fx.nodes:
-            if node.op == "call_function":
-                self.infer(node)
+        """Recompute every `meta["val"]` from the inputs' and the weights: shapes, dtypes, symbolic sizes."""
+        with quiet():
+            for node in self.fx.nodes:
+                if node.op == "get_attr":
+                    node.meta["val"] = self.fake(self.weight(node))
+                elif node.op == "call_function":
+                    self.infer(node)
+
+    def add_dim(self, dim: Dim) -> torch.SymInt:
+        """A dynamic dimension and its symbol, to be used in the shapes of inputs before `propagate`."""
+        from torch._dynamo.source import ConstantSource  # takes a second to import
+
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        fake = self.fake_mode.from_tensor(torch.empty(dim.example), symbolic_context=context, source=ConstantSource(dim.name))
+        size: Any = fake.shape[0]
+        self.dims[dim.name], self.symbols[dim.name] = dim, size
+        return size
 
     def materialize(self, weights: Mapping[str, Tensor]) -> None:
         """Fill a graph captured on the meta device: original weights by name, ours by their recipes. KeyError if one is missing."""
@@ -233,12 +266,35 @@ class Graph:
 
         for name, old in self.weights().items():
             if old.is_meta:
-                owner, leaf = _owner(self.module, name)
+                owner, leaf = owner_of(self.module, name)
                 new = value(name).detach()
                 if isinstance(old, nn.Parameter):
                     owner._parameters[leaf] = nn.Parameter(new, requires_grad=old.requires_grad)
                 else:
                     owner._buffers[leaf] = new
+
+
+def _made_of(node: fx.Node) -> tuple:
+    """What `meta["val"]` follows from. Operands count by type, so renaming or replacing one by its equal changes nothing."""
+    literals = fx.map_arg((node.args, node.kwargs), lambda n: None)
+    return node.target, str(literals), tuple(_type(n) for n in node.all_input_nodes)
+
+
+def _type(node: fx.Node) -> Any:
+    """dtype, device and sizes of a node's value, hashable; computed once for a value."""
+    value = node.meta.get("val")
+    known = node.meta.get("type")
+    if known is None or known[0] is not value:
+        known = node.meta["type"] = (value, _type_of(value))
+    return known[1]
+
+
+def _type_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.device, tuple(_type_of(s) for s in value.shape)
+    if isinstance(value, list | tuple):
+        return tuple(_type_of(v) for v in value)
+    return value.node.expr if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
 
 
 def graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
@@ -247,7 +303,7 @@ def graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     transient = {name for name, _ in root.named_buffers()} - set(root.state_dict(keep_vars=True))
     for name, _ in list(module.named_buffers()):
         if name in transient:
-            owner, leaf = _owner(module, name)
+            owner, leaf = owner_of(module, name)
             owner._non_persistent_buffers_set.add(leaf)
     return module
 
@@ -269,7 +325,18 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _owner(module: nn.Module, name: str, create: bool = False) -> tuple[nn.Module, str]:
+def _share(source: nn.Module, twin: nn.Module, name: str) -> None:
+    """Register one parameter or buffer of `source` in `twin` under its name: the same object, persistent if it was."""
+    old, leaf = owner_of(source, name)
+    new, _ = owner_of(twin, name, create=True)
+    if leaf in old._parameters:
+        new._parameters[leaf] = old._parameters[leaf]
+    else:
+        new.register_buffer(leaf, getattr(old, leaf), persistent=leaf not in old._non_persistent_buffers_set)
+
+
+def owner_of(module: nn.Module, name: str, create: bool = False) -> tuple[nn.Module, str]:
+    """The submodule that holds a dotted name, made where it is missing if `create`, and the last part of the name."""
     *parents, leaf = name.split(".")
     for parent in parents:
         if create and not hasattr(module, parent):
@@ -285,7 +352,7 @@ def _prune(module: nn.Module, used: set[str]) -> None:
         for store in (child._parameters, child._buffers):
             for leaf in [x for x in store if prefix + x not in used]:
                 del store[leaf]
-    for path, child in sorted(module.named_modules(), key=lambda item: -item[0].count(".")):
+    for _, child in sorted(module.named_modules(), key=lambda item: -item[0].count(".")):
         for name, grandchild in list(child._modules.items()):
             if grandchild is not None and not any(True for _ in grandchild.parameters()) and not any(True for _ in grandchild.buffers()):
                 del child._modules[name]

@@ -128,6 +128,8 @@ def number(graph: Graph, value: Any) -> float | int | bool | None:
     """A Python number, or the one number in a constant of the graph that has data; else None."""
     if isinstance(value, bool | int | float):
         return value
+    while isinstance(value, fx.Node) and value.op == "call_function" and (source := no_op_source(value)) is not None:
+        value = source
     if graph.is_weight(value):
         tensor = graph.weight(value)
         return tensor.item() if tensor.numel() == 1 and not tensor.is_meta else None
@@ -161,6 +163,10 @@ def no_op_source(node: fx.Node) -> fx.Node | None:
         if target is aten.slice.Tensor and argument(node, "step") != 1:
             return None
         return source
+    if target in (aten.mul.Tensor, aten.div.Tensor) and node.args[1] == 1 and not node.kwargs and before.dtype == after.dtype:
+        return source
+    if target is aten.add.Tensor and node.args[1] == 0 and type(node.args[1]) is int and before.dtype == after.dtype and not after.is_floating_point():
+        return source  # -0.0 + 0 is 0.0: not for floats
     if target is aten.permute.default and list(argument(node, "dims")) == list(range(before.dim())):
         return source
     return None
@@ -172,7 +178,16 @@ def is_looked_through(node: fx.Node) -> bool:
 
 
 _CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default)
-_MAY_KEEP_SHAPE = (aten.slice.Tensor, aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.expand.default)
+_MAY_KEEP_SHAPE = (
+    aten.slice.Tensor,
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.expand.default,
+    aten.repeat.default,
+    aten.repeat_interleave.self_int,
+)
 
 
 # -- matching -------------------------------------------------------------------------------------------------------
@@ -236,7 +251,7 @@ class Pattern:
     def __init__(self, function: Callable[..., Any]) -> None:
         import inspect
 
-        names = [p for p in inspect.signature(function).parameters][1:]
+        names = list(inspect.signature(function).parameters)[1:]
         returned = function(Op(), *(Var(n) for n in names))
         self.outputs: tuple[Any, ...] = returned if isinstance(returned, tuple) else (returned,)
         self.anchors = tuple(_anchor_targets(self.outputs[0]))
@@ -332,6 +347,9 @@ class _Search:
             self.miss(state, node, f"{node.name} takes {len(positions)} arguments, the pattern gives {len(pattern.args)}")
             return
         mentioned = {**dict(zip(positions, pattern.args)), **pattern.kwargs}
+        if unknown := [name for name in mentioned if name not in given]:
+            self.miss(state, node, f"{node.name} is an overload without {', '.join(unknown)}")
+            return
         for name, actual in given.items():
             if name not in mentioned and name not in IMMATERIAL and actual != _default(node, name):
                 self.miss(state, node, f"{node.name} has {name}={_say(actual)}, the pattern has the default")
@@ -358,7 +376,7 @@ class _Search:
             yield from self.all(pairs[1:], after)
 
     def literal(self, expected: Any, value: Any) -> bool:
-        if self.graph.is_weight(value):
+        if isinstance(value, fx.Node):
             value = value if (one := number(self.graph, value)) is None else one
         if isinstance(expected, float) and isinstance(value, float | int) and not isinstance(value, bool):
             return abs(expected - value) <= 1e-6 * abs(expected)  # constants are spelt with 7 to 17 digits

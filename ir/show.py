@@ -10,7 +10,17 @@ from torch import Tensor, fx
 from .cost import op_name
 from .graph import Graph
 
-DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64", torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool"}
+DTYPES = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float64: "f64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+}
 
 
 def show(graph: Graph, prefix: str = "") -> str:
@@ -18,17 +28,25 @@ def show(graph: Graph, prefix: str = "") -> str:
 
     Example line: `linear_4 = linear(layer_norm_1, W["encoder.layer.0.intermediate.dense.weight"])  # f32[batch, sequence, 1536]  encoder.layer.0`
     """
-    names = {s.node.expr: name for name, s in graph.symbols.items()}
-    rows: list[tuple[str, str, str]] = []
-    for node in graph.nodes:
-        if not node.meta.get("path", "").startswith(prefix):
-            continue
-        rows.append((f"{node.name} = {call_text(node)}", kind(node.meta.get("val"), names), node.meta.get("path", "")))
-    width = min(max((len(r[0]) for r in rows), default=0), 110)
-    typed = max((len(r[1]) for r in rows), default=0)
+    rows = lines(graph, prefix)
+    width = min(max((len(code) for code, _, _ in rows), default=0), 110)
+    typed = max((len(what) for _, what, _ in rows), default=0)
+    names = dim_names(graph)
     inputs = ", ".join(f"{n.target}: {kind(n.meta['val'], names)}" for n in graph.inputs)
     body = "\n".join(f"    {code:<{width}}  # {what:<{typed}}  {path}".rstrip() for code, what, path in rows)
     return f"def forward({inputs}):\n{body}\n    return {_text(graph.output.args[0])}\n"
+
+
+def lines(graph: Graph, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(code, kind of the result, module path) of every call."""
+    names = dim_names(graph)
+    calls = [n for n in graph.nodes if f"{n.meta.get('path', '')}.".startswith(f"{prefix}." if prefix else "")]
+    return [(f"{n.name} = {call_text(n)}", kind(n.meta.get("val"), names), n.meta.get("path", "")) for n in calls]
+
+
+def dim_names(graph: Graph) -> dict[Any, str]:
+    """Symbolic size -> the name of its dynamic dimension, for `kind`."""
+    return {s.node.expr: name for name, s in graph.symbols.items()}
 
 
 def call_text(node: fx.Node) -> str:

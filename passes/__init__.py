@@ -24,6 +24,9 @@ PASSES = {
     "remove-dead-code": "cleanup.remove_dead_code:RemoveDeadCode",
     "fuse-add-layer-norm": "fusion.add_layer_norm:FuseAddLayerNorm",
     "fuse-add-rms-norm": "fusion.add_rms_norm:FuseAddRMSNorm",
+    "pack-heads": "fusion.pack_heads:PackHeads",
+    "group-heads": "fusion.group_heads:GroupHeads",
+    "group-ffn": "fusion.group_ffn:GroupFFN",
     "merge-linears": "fusion.merge_linears:MergeLinears",
     "quantize-linear": "quantization.quantize_linear:QuantizeLinear",
 }

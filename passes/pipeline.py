@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ir.cost import Cost, cost
 from ..ir.errors import PromiseBroken, RewrightError
 from ..ir.graph import Graph
-from ..ir.verify import Drift, check_structure, compare, example_inputs, first_divergence, tolerance
+from ..ir.verify import Drift, check_structure, compare, example_inputs, first_divergence, padding_mask, tolerance
 from .cleanup import CANONICAL
 from .rewrite import Context, Declined, Pass
 
@@ -71,7 +71,7 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**dataclasses.asdict(self), "options": {k: v for k, v in self.options.items()}}
+        return {**dataclasses.asdict(self), "options": dict(self.options)}
 
 
 @dataclass
@@ -127,7 +127,7 @@ class Pipeline:
             self.progress(step.name, i, len(steps))
             run.step(step, canonical)
         self.progress("done", len(steps), len(steps))
-        total = compare(run.reference, run.graph.run, run.inputs) if run.inputs else None
+        total = compare(run.reference, run.graph.run, run.inputs, run.valid) if run.inputs else None
         run.graph.canonical = True
         return Outcome(run.original, run.graph, run.records, tuple(p for p, _ in steps), run.inputs, total)
 
@@ -141,6 +141,8 @@ class _Run:
         self.inputs = [*example_inputs(graph, inputs[0], pipeline.seed), *inputs[1:]] if runnable else []
         self.references = {id(flat): self.original.run(flat) for flat in self.inputs}
         self.outputs = dict(self.references)  # of the program so far
+        self.valid = padding_mask(graph)
+        self.measured = Drift(inputs=len(self.inputs)).as_dict() if self.inputs else {"note": "structure only: no inputs or no weights to run on"}
         self.records: list[Record] = []
         self.metric = pipeline.metric(self.original.module) if pipeline.metric and runnable else None
 
@@ -153,8 +155,7 @@ class _Run:
         before, begin = self.graph, time.perf_counter()
         after, context = self._attempt(step, record, self.pipeline.ignore)
         if after is before:
-            record.measured = next((dict(r.measured) for r in reversed(self.records[:-1]) if r.measured and not r.undone), {})
-            record.measured.pop("latency_ms", None)
+            record.measured = dict(self.measured)
         elif after is not None:
             trouble = self._promise_broken(step, before, after, record)
             if trouble and not step.exact:
@@ -165,6 +166,7 @@ class _Run:
             self.graph = after
             if after is not before:
                 record.predicted = _difference(before, after, self.pipeline.predict)
+                self.measured = dict(record.measured)
                 if self.inputs:
                     self.outputs = self._new_outputs
                 if self.pipeline.latency is not None and not canonical:
@@ -180,7 +182,7 @@ class _Run:
         p = self.pipeline
         context = Context(p.target, p.predict, p.seed, ignore)
         try:
-            after = step.run(self.graph.clone(), context)
+            after = step.run(self.graph.draft(), context)
             if _fingerprint(after) == _fingerprint(self.graph):
                 return self.graph, context
             after.clean()
@@ -196,10 +198,13 @@ class _Run:
     def _promise_broken(self, step: Pass, before: Graph, after: Graph, record: Record) -> str | None:
         """Measure, and say in words what is wrong; None if the promise holds."""
         if not self.inputs:
-            record.measured = {"note": "structure only: no inputs or no weights to run on"}
+            record.measured = dict(self.measured)
             return None
-        self._new_outputs = {id(flat): after.run(flat) for flat in self.inputs}
-        from_original = compare(self.reference, lambda flat: self._new_outputs[id(flat)], self.inputs)
+        try:
+            self._new_outputs = {id(flat): out for flat, out in zip(self.inputs, _run_all(after, self.inputs))}
+            from_original = compare(self.reference, lambda flat: self._new_outputs[id(flat)], self.inputs, self.valid)
+        except PromiseBroken as error:
+            return str(error)
         record.measured = from_original.as_dict()
         metric_drop = None
         if not step.exact and self.metric is not None and self.pipeline.metric is not None:
@@ -232,8 +237,10 @@ class _Run:
             alone, _ = self._attempt(step, record, (*self.pipeline.ignore, *(x for x in layers if x != layer)))
             if alone is None:
                 return None, context, trouble
-            found = compare(self.reference, alone.run, self.inputs[:2])
-            harm[layer] = 1 - found.cosine + found.relative_error * 1e-3
+            try:
+                harm[layer] = self._harm(alone)
+            except PromiseBroken:
+                return None, context, trouble
         worst_first = sorted(layers, key=lambda x: -harm[x])
         low, high = 1, len(layers)  # smallest number of layers to leave out that holds the budget
         best: tuple[Graph, Context] | None = None
@@ -252,7 +259,21 @@ class _Run:
         kept = set(best[1].applied)
         note = f"over budget with every layer ({trouble}); left out, most harmful first"
         best[1].declined = [Declined(d.node, d.layer, note if d.layer in harm and d.layer not in kept else d.why) for d in best[1].declined]
+        record.undone = None  # a subset that failed on the way is no matter now
         return *best, None
+
+    def _harm(self, graph: Graph) -> float:
+        """How far a program strays from the original on the first inputs. Raises PromiseBroken when it does not run."""
+        found = compare(self.reference, lambda flat: _run_all(graph, [flat])[0], self.inputs[:2])
+        return 1 - found.cosine + found.relative_error * 1e-3
+
+
+def _run_all(graph: Graph, inputs: Sequence[Flat]) -> list[tuple]:
+    """Outputs for all inputs. Raises PromiseBroken when the graph is well formed and fails all the same."""
+    try:
+        return [graph.run(flat) for flat in inputs]
+    except Exception as error:
+        raise PromiseBroken(f"the result does not run: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
 
 
 def _fingerprint(graph: Graph) -> list[tuple[str, str, str, str]]:
@@ -277,7 +298,8 @@ def _nothing_matched(step: Pass, context: Context) -> str:
     if context.declined:
         first = context.declined[0]
         return f"{step.name} applied nowhere: all {len(context.declined)} matches were declined, the first ({first.layer or first.node}) because {first.why}"
-    return f"{step.name} matched nothing in this model; `rewright explain MODEL {step.name}` shows the nearest misses, `require_match = false` in the recipe lets it pass"
+    look = f"`rewright explain MODEL {step.name}` shows the nearest misses, `require_match = false` in the recipe lets it pass"
+    return f"{step.name} matched nothing in this model; {look}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The resolved recipe: every option spelt out, accepted back by `Recipe.load`."""
-        lines = [f"# resolved from: {self.source}", f"target = {_toml(self.target)}", f"ignore = {_toml(list(self.ignore))}"]
+        lines = [f"# resolved from: {' '.join(self.source.split())}", f"target = {_toml(self.target)}", f"ignore = {_toml(list(self.ignore))}"]
         if budget := {k: v for k, v in dataclasses.asdict(self.budget).items() if v is not None}:
             lines += ["", "[verify]", *(f"{k} = {_toml(v)}" for k, v in budget.items())]
         for step in self.passes:
@@ -47,7 +48,9 @@ class Recipe:
         if path.suffix != ".toml":
             path = SHIPPED / f"{name_or_path}.toml"
             if not path.exists():
-                raise RecipeError(f"no recipe named {str(name_or_path)!r}.{near(str(name_or_path), shipped())} `rewright recipes` lists all {len(shipped())}; a file must end in .toml")
+                known = shipped()
+                said = f"no recipe named {str(name_or_path)!r}.{near(str(name_or_path), known)}"
+                raise RecipeError(f"{said} `rewright recipes` lists all {len(known)}; a file must end in .toml")
         try:
             text = path.read_text(encoding="utf8")
         except OSError as error:
@@ -87,13 +90,21 @@ def from_command_line(recipe: str | None, passes: list[str], settings: list[str]
     """`-r NAME`, `-p PASS:option=value,...` and `--set pass.option=value` as one recipe. Raises RecipeError."""
     if (recipe is None) == (not passes):
         raise RecipeError("give either a recipe (-r NAME, `rewright recipes` lists them) or passes (-p NAME, `rewright passes` lists them)")
-    base = Recipe.load(recipe) if recipe is not None else Recipe(tuple(_from_text(p) for p in passes), require_match=frozenset(p.partition(":")[0] for p in passes))
+    base = (
+        Recipe.load(recipe)
+        if recipe is not None
+        else Recipe(tuple(_from_text(p) for p in passes), require_match=frozenset(p.partition(":")[0] for p in passes))
+    )
     for setting in settings:
         place, _, value = setting.partition("=")
         name, _, option = place.rpartition(".")
         if name not in {p.name for p in base.passes}:
-            raise RecipeError(f"--set {setting}: the recipe has no pass {name!r};{near(name, [p.name for p in base.passes])} it has {', '.join(p.name for p in base.passes)}")
-        base = dataclasses.replace(base, passes=tuple(make_pass(name, {**options_of(p), option: _value(value)}, f"--set {setting}") if p.name == name else p for p in base.passes))
+            raise RecipeError(
+                f"--set {setting}: the recipe has no pass {name!r};{near(name, [p.name for p in base.passes])} it has {', '.join(p.name for p in base.passes)}"
+            )
+        base = dataclasses.replace(
+            base, passes=tuple(make_pass(name, {**options_of(p), option: _value(value)}, f"--set {setting}") if p.name == name else p for p in base.passes)
+        )
     return base
 
 
@@ -150,7 +161,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's strings are JSON's but for this character
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     return repr(value)

@@ -37,7 +37,7 @@ def optimize(
     calibration: Annotated[str | None, typer.Option(help="More batches to judge lossy passes on: an .npz file with a leading batch axis.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Module path no lossy pass may touch.")] = None,
     profile: Annotated[str, typer.Option(help="ONNX operators: ort (com.microsoft where faster) or pure.")] = "ort",
-    opset: Annotated[int, typer.Option(help="ONNX opset of an .onnx output.")] = 20,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset of an .onnx output; default 20, or 23 where the Attention operator helps.")] = None,
     verify: Annotated[bool, typer.Option(help="Check every pass against the original.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -177,7 +177,7 @@ def bisect(model: Model, recipe: RecipeName = None, passes: PassNames = None, in
 
 @app.command()
 def export(
-    model: Model, out: Annotated[str, typer.Argument(help="model.onnx")], profile: str = "ort", opset: int = 20, inputs: Inputs = None, as_json: Json = False
+    model: Model, out: Annotated[str, typer.Argument(help="model.onnx")], profile: str = "ort", opset: int | None = None, inputs: Inputs = None, as_json: Json = False
 ) -> None:
     """Write MODEL as ONNX, checked in onnxruntime at several shapes before the file gets its name."""
     from .optimize import optimize as run

@@ -95,7 +95,7 @@ class Result:
             torch.export.save(torch.export.export(self.module, (), kwargs, dynamic_shapes=dict(zip(kwargs, dims)), strict=False), temporary)
         return path
 
-    def export(self, path: str | Path, profile: Profile = "ort", opset: int = 20) -> Exported:
+    def export(self, path: str | Path, profile: Profile = "ort", opset: int | None = None) -> Exported:
         """Write an ONNX file, checked in onnxruntime at several shapes before it gets its name."""
         check_writable(Path(path))
         return export(self.graph, path, self.inputs[:1], profile, opset)

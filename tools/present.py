@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)  # names and shapes hold square brackets
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def megabytes(count: float) -> str:
 def result(found: Any, model: str, written: str | None) -> None:
     """What `optimize` did, pass by pass, then the end against the original."""
     before, after = found.outcome.original, found.graph
-    console.print(f"[bold]{model}[/bold]: {len(before.nodes)} -> {len(after.nodes)} calls, weights {megabytes(before.weight_bytes())} -> {megabytes(after.weight_bytes())}")
+    console.print(f"{model}: {len(before.nodes)} -> {len(after.nodes)} calls, weights {megabytes(before.weight_bytes())} -> {megabytes(after.weight_bytes())}", style="bold")
     for note in after.notes:
         console.print(f"note: {note}")
     console.print(_passes_table(found.records))
@@ -99,7 +99,7 @@ def _row(name: str, records: list[Any], latency: bool) -> list[str]:
         f"{total('launches'):+,.0f}" if total("launches") else "0",
         f"{total('weight_bytes') / 1e6:+,.1f} MB" if total("weight_bytes") else "0",
         f"{total('bytes') / 1e6:+,.1f} MB" if total("bytes") else "0",
-        f"[red]undone: {last.undone}[/red]" if last.undone else _measured(last.measured),
+        f"undone: {last.undone}" if last.undone else _measured(last.measured),
         f"{sum(r.seconds for r in records):.1f}",
     ]
     if latency:
@@ -161,7 +161,7 @@ def demo(found: Any) -> None:
 
     c = found.conditions
     graph, original = found.result.graph, found.result.outcome.original
-    console.print(f"[bold]MiniLM-L6 (22.7 M parameters), {len(original.nodes)} -> {len(graph.nodes)} calls, weights {megabytes(original.weight_bytes())} -> {megabytes(graph.weight_bytes())}[/bold]")
+    console.print(f"MiniLM-L6 (22.7 M parameters), {len(original.nodes)} -> {len(graph.nodes)} calls, weights {megabytes(original.weight_bytes())} -> {megabytes(graph.weight_bytes())}", style="bold")
     console.print(f"{c['cpu']} ({', '.join(c['isa'])}), {c['threads']} thread, torch {c['torch']}, onnxruntime {c['onnxruntime']}; alternating runs in one process\n")
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
@@ -175,7 +175,7 @@ def demo(found: Any) -> None:
         cells += [f"{t.median_ms:.1f} [{t.low_ms:.1f}-{t.high_ms:.1f}]" for t in rows]
         cells += [f"{t.ratio:.2f}" for t in rows]
         cells += [f"{quality.mean_cosine:.4f}", f"{quality.neighbour_agreement:.3f}"] if quality else ["", ""]
-        table.add_row(f"[bold]{name}[/bold]" if name == OURS else name, *cells)
+        table.add_row(name, *cells, style="bold" if name == OURS else None)
     console.print(table)
     console.print(f"ms: median [quartiles]; ratio: to {BASELINE}, median of paired rounds; cosine and nearest-neighbour agreement with torch fp32 on {c['texts']}\n")
     console.print(_passes_table(found.result.records, latency=True))
@@ -249,9 +249,9 @@ def graph_facts(graph: Any, model: str) -> dict[str, Any]:
     """What `inspect` says of a captured model."""
     from ..ir.blocks import describe
     from ..ir.cost import cost, op_name
-    from ..ir.show import kind
+    from ..ir.show import dim_names, kind
 
-    names = {s.node.expr: name for name, s in graph.symbols.items()}
+    names = dim_names(graph)
     total = cost(graph)
     return {
         "model": model,
@@ -307,7 +307,7 @@ def passes(rows: list[dict[str, Any]]) -> None:
     table.add_column("options")
     for r in rows:
         options = ", ".join(f"{k}={v['default']}" for k, v in r["options"].items())
-        table.add_row(r["name"], "exact" if r["exact"] else "lossy", r["rewrite"].replace("[", r"\["), options)
+        table.add_row(r["name"], "exact" if r["exact"] else "lossy", r["rewrite"], options)
     console.print(table)
 
 

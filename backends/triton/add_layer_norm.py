@@ -73,24 +73,27 @@ def _long_row(X, R, W, B, Y, H, eps, d, BLOCK: tl.constexpr, STEPS: tl.constexpr
 
 def launch(x: Tensor, r: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y, h of the op, contiguous. Any width; x and r may broadcast and differ in dtype."""
-    shape, dtype = torch.broadcast_shapes(x.shape, r.shape), torch.promote_types(x.dtype, r.dtype)
-    y, h = torch.empty(shape, dtype=dtype, device=x.device), torch.empty(shape, dtype=dtype, device=x.device)
-    x, r, w, b, d = x.expand(shape).contiguous(), r.expand(shape).contiguous(), w.contiguous(), b.contiguous(), shape[-1]
+    if x.shape != r.shape:
+        x, r = torch.broadcast_tensors(x, r)
+    x, r, w, b, d = x.contiguous(), r.contiguous(), w.contiguous(), b.contiguous(), x.shape[-1]
+    dtype = torch.promote_types(x.dtype, r.dtype)
+    y, h = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
     if not h.numel():
         return y, h
     grid = (h.numel() // d,)
     warps = next((warps for width, warps in CONFIGS if d <= width), None)
     with torch.cuda.device_of(h):  # Triton launches on the current device, wherever the tensors are
         if warps is None:
-            _long_row[grid](x, r, w, b, y, h, eps, d, BLOCK=LONG_BLOCK, STEPS=triton.cdiv(d, LONG_BLOCK), num_warps=LONG_WARPS)
+            _long_row[grid](x, r, w, b, y, h, eps, d, BLOCK=LONG_BLOCK, STEPS=triton.cdiv(d, LONG_BLOCK), num_warps=LONG_WARPS)  # type: ignore[call-arg]
         else:
-            _row[grid](x, r, w, b, y, h, eps, d, BLOCK=triton.next_power_of_2(d), num_warps=warps)
+            _row[grid](x, r, w, b, y, h, eps, d, BLOCK=triton.next_power_of_2(d), num_warps=warps)  # type: ignore[call-arg]
     return y, h
 
 
 def examples(dtype: torch.dtype, device: str) -> Iterator[tuple]:
-    """Calls that reach every config, and ragged rows: what is compiled offline and run beside the op's own cases."""
+    """Calls that reach every config, ragged rows, a broadcast: what is compiled offline and run beside the op's own cases."""
     for d in (*(width for width, _ in CONFIGS), 1001, CONFIGS[-1][0] + 2 * LONG_BLOCK - 5):
         x, r = torch.randn(2, 3, d, dtype=dtype, device=device) + 2  # a mean, which masked columns must not bring in
         w, b = torch.randn(2, d, dtype=dtype, device=device)
         yield x, r, w, b, 1e-5
+    yield r[0], x, w, b, 1e-5

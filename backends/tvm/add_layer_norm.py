@@ -88,8 +88,9 @@ def _build(d: int, eps: float, parallel: bool) -> Callable[..., None]:
 
 def launch(x: Tensor, r: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y, h of the op in float32, contiguous, without a copy of contiguous operands. Compiled once a width and eps (0.05 s)."""
-    shape = torch.broadcast_shapes(x.shape, r.shape)
-    x, r, d = x.expand(shape).contiguous(), r.expand(shape).contiguous(), shape[-1]
+    if x.shape != r.shape:
+        x, r = torch.broadcast_tensors(x, r)
+    x, r, d = x.contiguous(), r.contiguous(), x.shape[-1]
     y, h = torch.empty_like(x), torch.empty_like(x)
     if h.numel():
         kernel = _build(d, eps, h.numel() >= PARALLEL_FROM and torch.get_num_threads() > 1)
@@ -98,7 +99,9 @@ def launch(x: Tensor, r: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tens
 
 
 def examples(dtype: torch.dtype, device: str) -> Iterator[tuple]:
-    """A call that runs in parallel: run beside the op's own cases."""
+    """A call that runs in parallel, and one that broadcasts: run beside the op's own cases."""
     d = 1001
     x, r = torch.randn(2, PARALLEL_FROM // d + 1, d, dtype=dtype, device=device)
-    yield x, r, *torch.randn(2, d, dtype=dtype, device=device), 1e-5
+    w, b = torch.randn(2, d, dtype=dtype, device=device)
+    yield x, r, w, b, 1e-5
+    yield r[0], x[:6].view(2, 3, d), w, b, 1e-5

@@ -39,7 +39,9 @@ def attention(
     if softcap is not None:
         return _softcapped(q, k, v, seen(q, k, key_mask, causal, window), scale, softcap, bias)
     grouped = q.shape[1] != k.shape[1]
-    if causal and key_mask is None and window is None and bias is None and statically_known_true(q.shape[-2] == k.shape[-2]):  # torch aligns its is_causal at the first key
+    if (
+        causal and key_mask is None and window is None and bias is None and statically_known_true(q.shape[-2] == k.shape[-2])
+    ):  # torch aligns its is_causal at the first key
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     mask = seen(q, k, key_mask, causal, window)
     if bias is not None:

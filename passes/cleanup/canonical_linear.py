@@ -20,7 +20,7 @@ class CanonicalLinear(GraphPass):
     1. addmm(b, x, w), mm(x, w), matmul(x, w) with a 2-d weight [in, out] -> linear(x, w^T, b); the new weight is a recipe
     2. the same with permute(w, [1, 0]): the weight is taken as it is
     3. linear(x, w) + b with a vector weight b -> linear(x, w, b)
-    4. reshape(linear(reshape(x, [-1, in]), w, b), [..., out]) -> linear(x, w, b)   (GPT-2's Conv1D)
+    4. reshape(linear(reshape(x, [-1, in]), w, b), [..., out]) -> linear(reshape(x, [..., in]), w, b)   (GPT-2's Conv1D)
     Declines addmm with beta or alpha other than 1.
     """
 
@@ -78,8 +78,12 @@ def _lift(graph: Graph, node: fx.Node, context: Context) -> None:  # 4
         return
     x: Any = inner.args[0]
     before, after = x.meta["val"].shape, node.meta["val"].shape
-    if len(before) == len(after) and same_shape(before[:-1], after[:-1]) and same_shape(before[-1:], inner.meta["val"].shape[-1:]):
-        _swap(graph, node, Builder(graph, node, linear).linear(x, *linear.args[1:]), context)
+    if not same_shape(after[-1:], linear.meta["val"].shape[-1:]):
+        return
+    op = Builder(graph, node, linear)
+    if not same_shape((*after[:-1], inner.meta["val"].shape[-1]), before):
+        x = op.reshape(x, [*argument(node, "shape")[:-1], int(inner.meta["val"].shape[-1])])  # the heads are still to be merged
+    _swap(graph, node, op.linear(x, *linear.args[1:]), context)
 
 
 def _swap(graph: Graph, old: fx.Node, new: fx.Node, context: Context) -> None:

@@ -1,14 +1,10 @@
-"""Same-dtype casts, clones, aliases, eval dropout, full slices, reshapes to the same shape, metadata asserts: gone."""
+"""Same-dtype casts, clones, aliases, eval dropout, full slices, reshapes to the same shape: gone."""
 
 from __future__ import annotations
-
-import torch
 
 from ...ir.graph import Graph
 from ...ir.pattern import no_op_source
 from ..rewrite import Context, GraphPass
-
-aten = torch.ops.aten
 
 
 class DropNoOps(GraphPass):
@@ -18,10 +14,7 @@ class DropNoOps(GraphPass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         for node in graph.nodes:
-            if node.target is aten._assert_tensor_metadata.default:
-                context.apply(node)
-                graph.fx.erase_node(node)
-            elif (source := no_op_source(node)) is not None:
+            if (source := no_op_source(node)) is not None:
                 context.apply(node)
                 node.replace_all_uses_with(source, propagate_meta=False)
                 graph.fx.erase_node(node)

@@ -42,7 +42,9 @@ class FoldConstants(GraphPass):
                 continue
             context.apply(node)
             base = str(sources[0].target) if len(sources) == 1 else f"{node.meta.get('path') or 'constants'}.{node.name}".lstrip(".")
-            folded = graph.add_weight(f"{base}_{str(node.target).split('.')[1]}" if len(sources) == 1 else base, _Replay(node), *(str(s.target) for s in sources), like=node)
+            folded = graph.add_weight(
+                f"{base}_{str(node.target).split('.')[1]}" if len(sources) == 1 else base, _Replay(node), *(str(s.target) for s in sources), like=node
+            )
             node.replace_all_uses_with(folded, propagate_meta=False)
             graph.fx.erase_node(node)
         return graph
@@ -74,4 +76,9 @@ class _Slot:
 
 def _pure(node: fx.Node) -> bool:
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in target.tags and not node.is_impure() and not target._schema.is_mutable
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded not in target.tags
+        and not node.is_impure()
+        and not target._schema.is_mutable
+    )

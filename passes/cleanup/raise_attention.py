@@ -15,7 +15,15 @@ from ..rewrite import Builder, Context, GraphPass
 
 aten = torch.ops.aten
 
-_GROUPED = (aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.clone.default, aten.repeat_interleave.self_int, aten.repeat.default, aten.slice.Tensor)
+_GROUPED = (
+    aten.reshape.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.clone.default,
+    aten.repeat_interleave.self_int,
+    aten.repeat.default,
+    aten.slice.Tensor,
+)
 
 
 class RaiseAttention(GraphPass):
@@ -225,14 +233,14 @@ def _finish(graph: Graph, site: _Site, masks: _Masks, context: Context) -> None:
     if site.transposed:
         site.k = _swapped(graph, site.k, site.node)
     site.k, site.v = _ungrouped(graph, site)
-    if site.scale is not None:
+    if site.scale is not None and len({site.q, site.k, site.v}) == 3:  # a factor may not be taken from a value with two roles
         for name in ("q", "k"):
             source, c = _unscaled(graph, getattr(site, name))
             setattr(site, name, source)
             site.scale *= c
     key_mask = None
     for source in key_masks:
-        key_mask = masks.key(source) if key_mask is None else op.__getattr__("__and__")(key_mask, masks.key(source))
+        key_mask = masks.key(source) if key_mask is None else op.logical_and(key_mask, masks.key(source))
     new = op.attention(site.q, site.k, site.v, key_mask, causal, window, site.scale, site.softcap, bias)
     context.apply(site.node)
     site.node.replace_all_uses_with(new, propagate_meta=False)
@@ -299,10 +307,10 @@ def _before_repeat(graph: Graph, x: fx.Node) -> fx.Node:
     best, node, heads = x, x, int(x.meta["val"].shape[1])
     while isinstance(node, fx.Node) and node.target in _GROUPED:
         node = node.args[0]  # type: ignore[assignment]
-        shape = node.meta["val"].shape
-        if len(shape) == 4 and same_shape((shape[0], *shape[2:]), (x.meta["val"].shape[0], *x.meta["val"].shape[2:])) and heads % int(shape[1]) == 0:
-            if int(shape[1]) < heads and _repeats_in_order(graph, node, x):
-                best = node
+        before, after = node.meta["val"].shape, x.meta["val"].shape
+        alike = len(before) == 4 and same_shape((before[0], *before[2:]), (after[0], *after[2:]))
+        if alike and int(before[1]) < heads and heads % int(before[1]) == 0 and _repeats_in_order(graph, node, x):
+            best = node
     return best
 
 

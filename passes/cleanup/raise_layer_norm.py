@@ -40,7 +40,7 @@ class _Normalise(Rewrite):  # 1
         variance = op.either(squares, op.var(x, axes, correction=0, keepdim=True), op.var(x, axes, False, True))
         shifted = op.add(variance, eps)
         root = op.either(op.sqrt(shifted), op.pow(shifted, 0.5))
-        inverse = op.either(op.rsqrt(shifted), op.reciprocal(root), op.mul(op.reciprocal(root), 1.0), op.pow(shifted, -0.5), op.div(1.0, root))
+        inverse = op.either(op.rsqrt(shifted), op.reciprocal(root), op.pow(shifted, -0.5), op.div(1.0, root))
         return op.either(op.mul(centred, inverse), op.div(centred, root))
 
     def why_not(self, m: Match) -> str | None:

@@ -37,10 +37,12 @@ class _FromParts(Rewrite):
     def pattern(self, op: Any, x: Any, y: Any, w: Any, axes: Any, eps: Any) -> Any:
         shifted = op.add(op.mean(op.either(op.pow(y, 2), op.mul(y, y), op.square(y)), axes, True), eps)
         root = op.either(op.sqrt(shifted), op.pow(shifted, 0.5))
-        inverse = op.either(op.rsqrt(shifted), op.pow(shifted, -0.5), op.reciprocal(root), op.mul(op.reciprocal(root), 1.0), op.div(1.0, root))
+        inverse = op.either(op.rsqrt(shifted), op.pow(shifted, -0.5), op.reciprocal(root), op.div(1.0, root))
         return op.mul(w, op.maybe_cast(op.either(op.mul(x, inverse), op.div(x, root))))
 
     def why_not(self, m: Match) -> str | None:
+        if not isinstance(m.x, fx.Node):
+            return f"the root is divided into {m.x}, not into a tensor"
         x, y = m.x.meta["val"], m.y.meta["val"]
         axes = m.axes if isinstance(m.axes, list | tuple) else [m.axes]
         if _uncast(m.x) is not _uncast(m.y):

@@ -33,7 +33,12 @@ class RaiseRope(Rewrite):
         axes = {m.axis % val.dim(), (cat.args[1] if len(cat.args) > 1 else 0) % val.dim()}
         if axes != {val.dim() - 1}:
             return f"it turns along axis {m.axis}, not along the last one"
-        bounds = [(m.values.get("low") or 0, 0), (m.values.get("middle", half), half), (m.values.get("middle2", half), half), (m.values.get("size", half), half)]
+        bounds = [
+            (m.values.get("low") or 0, 0),
+            (m.values.get("middle", half), half),
+            (m.values.get("middle2", half), half),
+            (m.values.get("size", half), half),
+        ]
         end = m.values.get("high")
         if odd or any(a != b for a, b in bounds) or end is not None and end < val.shape[-1]:
             return f"the parts are not the two halves of {val.shape[-1]} channels"

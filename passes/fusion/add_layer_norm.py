@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...ir.pattern import Match
+from torch import Tensor, fx
+
+from ...ir.pattern import Match, same_shape
+from ...ir.show import dim_names, kind
 from ..rewrite import Builder, Rewrite
 
 
@@ -32,11 +35,11 @@ class FuseAddLayerNorm(Rewrite):
 
 def why_not_residual(m: Match) -> str | None:
     """Why x + r is no residual add of two equal tensors, or None."""
-    x, r = (v.meta["val"] if hasattr(v, "meta") else v for v in (m.x, m.r))
-    if not hasattr(x, "shape") or not hasattr(r, "shape"):
-        return f"the add has the number {r if hasattr(x, 'shape') else x}"
-    if list(map(str, x.shape)) != list(map(str, r.shape)):
-        return f"the add broadcasts {list(r.shape)} to {list(x.shape)}"
+    x, r = (v.meta["val"] if isinstance(v, fx.Node) else v for v in (m.x, m.r))
+    if not isinstance(x, Tensor) or not isinstance(r, Tensor):
+        return f"the add has the number {x if isinstance(r, Tensor) else r}"
+    if not same_shape(x.shape, r.shape):
+        return f"the add broadcasts {kind(r, dim_names(m.graph))} to {kind(m.anchor.meta['val'], dim_names(m.graph))}"
     if x.dtype != r.dtype:
-        return f"the add promotes {r.dtype} and {x.dtype}"
+        return f"the add promotes {kind(r)} and {kind(x)}"
     return None

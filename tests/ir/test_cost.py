@@ -1,0 +1,77 @@
+"""Costs are counted as written down: each operand read once, each result written once, two FLOPs a multiply-add."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rewright.ir.capture import capture
+from rewright.ir.cost import Cost, cost, node_costs
+from rewright.ir.graph import Graph
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.linear(x).view(x.shape[0], 2, 8))
+
+    return capture(Model().eval(), (torch.randn(4, 8),))
+
+
+def by_op(graph: Graph, **sizes: int) -> dict[str, Cost]:
+    return {c.op: c.cost for c in node_costs(graph, sizes)}
+
+
+def test_a_linear_reads_its_weight_once_and_counts_two_flops_a_multiply_add(graph: Graph) -> None:
+    assert by_op(graph)["linear"] == Cost(bytes=4 * (4 * 8 + 16 * 8 + 16 + 4 * 16), flops=2 * 4 * 16 * 8, launches=1)
+
+
+def test_views_cost_nothing(graph: Graph) -> None:
+    assert set(by_op(graph)) == {"linear", "relu"}
+
+
+def test_other_sizes_are_counted_without_another_capture(graph: Graph) -> None:
+    assert by_op(graph, batch=40)["linear"].flops == 10 * by_op(graph)["linear"].flops
+    assert by_op(graph, batch=40)["relu"].bytes == 10 * by_op(graph)["relu"].bytes
+
+
+def test_the_total_is_the_sum_of_the_nodes(graph: Graph) -> None:
+    total = by_op(graph)["linear"] + by_op(graph)["relu"]
+    assert cost(graph) == total
+    assert cost(graph) - total == Cost()
+
+
+def test_a_node_knows_its_layer_and_weight_bytes(graph: Graph) -> None:
+    linear = next(iter(node_costs(graph)))
+    assert (linear.layer, linear.weight_bytes, linear.dtype) == ("linear", 4 * (16 * 8 + 16), torch.float32)
+
+
+def test_an_embedding_reads_rows_not_the_table() -> None:
+    graph = capture(nn.Embedding(1000, 8).eval(), (torch.zeros(2, 3, dtype=torch.long),))
+    assert cost(graph).bytes == 2 * (6 * 8 * 4) + 6 * 8
+
+
+def test_attention_counts_both_products() -> None:
+    class Attend(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    q, kv = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8)
+    assert cost(capture(Attend().eval(), (q, kv, kv), dynamic_shapes={})).flops == 2 * (2 * 2 * 3 * 5 * 7 * 8)
+
+
+def test_a_convolution_counts_its_window() -> None:
+    graph = capture(nn.Conv2d(3, 6, 5, padding=2).eval(), (torch.randn(1, 3, 9, 9),), dynamic_shapes={})
+    assert cost(graph).flops == 2 * (6 * 9 * 9) * (3 * 5 * 5)
+
+
+def test_costs_need_no_weights() -> None:
+    with torch.device("meta"):
+        graph = capture(nn.Linear(8, 16).eval(), (torch.empty(4, 8),))
+    assert cost(graph).flops == 2 * 4 * 16 * 8
