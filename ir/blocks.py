@@ -164,7 +164,8 @@ def _projection(value: Any, name: str, why: list[str]) -> fx.Node | None:
     linear, stopped = _up(value)
     if linear is None:
         why.append(
-            f"{name} comes from {str(stopped.target).removeprefix('aten.').removesuffix('.default') if stopped.op == 'call_function' else stopped.name}, not from a linear"
+        what = str(stopped.target).removeprefix("aten.").removesuffix(".default") if stopped.op == "call_function" else stopped.name
+        why.append(f"{name} comes from {what}, not from a linear")
         )
     return linear
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ...ir.errors import PromiseBroken, UsageError
 from ...ir.files import replacing
 from ...ir.graph import Graph, graph_module, quiet
-from ...ir.verify import Drift, compare, example_inputs, rounding_sensitivity
+from ...ir.verify import Drift, compare, example_inputs, padding_mask, rounding_sensitivity
 from .session import Session
 
 Profile = Literal["ort", "pure"]
@@ -76,7 +76,7 @@ def export(
 
 
 def _parity(graph: Graph, session: Session, flats: list[tuple[Tensor, ...]], max_error: float, path: Path) -> Drift:
-    found = compare(graph.run, session, flats)
+    found = compare(graph.run, session, flats, padding_mask(graph))
     if found.relative_error > max_error:
         allowed = rounding_sensitivity(graph, flats)
         if 1 - found.cosine > 3 * (1 - allowed.cosine) + 1e-6:
@@ -105,8 +105,22 @@ def to_onnx_ir(graph: Graph, profile: Profile = "ort", opset: int = 20) -> Any:
     model = program.model
     _fold_transposed_weights(model)
     _name_dims(model, graph)
+    _drop_traces(model)
     model.producer_name, model.doc_string = "rewright", None
     return model
+
+
+def _drop_traces(model: Any) -> None:
+    """The exporter's notes hold stack traces with paths of this machine, and outweigh small graphs."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
 
 
 def _flat_module(graph: Graph, profile: Profile, opset: int) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:

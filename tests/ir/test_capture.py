@@ -141,6 +141,7 @@ def test_named_dims_are_one_size_and_batch_one_works(mixer: Mixer, x: Tensor) ->
 
 def test_an_example_of_batch_one_stays_dynamic(mixer: Mixer, x: Tensor) -> None:
     graph = capture(mixer, (x[:1],))
+    assert "batch" in graph.dims
     assert torch.equal(graph(x), mixer(x))
 
 
@@ -230,6 +231,7 @@ def test_a_clone_shares_weights_and_nothing_else(mixer: Mixer, x: Tensor) -> Non
     graph = capture(mixer, (x,))
     twin = graph.clone()
     assert twin.weights()["up.weight"] is graph.weights()["up.weight"]
+    assert set(twin.module.state_dict()) == set(graph.module.state_dict())
     gelu = twin.find(torch.ops.aten.gelu.default)[0]
     gelu.replace_all_uses_with(gelu.args[0])  # type: ignore[arg-type]
     assert twin.clean() == 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rewright.ir.capture import capture
-from rewright.ir.encoding import decode, encode, find_target
+from rewright.ir.encoding import decode, encode, find_target, identifier, weight_name
 from rewright.ir.errors import InputFileError, UsageError
 from rewright.ir.graph import Graph
 from rewright.ir.save import load_graph, save_graph
@@ -182,7 +182,7 @@ def test_every_kind_of_argument_survives_json(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["os.system", "builtins.eval", "aten.linear", "aten.nothing.default", "aten.__class__.__init__", "rewright_kernels.x.default", "", "getattr"]
+    "target", ["os.system", "builtins.eval", "aten.linear", "aten.nothing.default", "aten.__class__.__init__", "profiler._record_function_enter_new.default", "rewright_kernels.x.default", "", "getattr"]
 )
 def test_a_call_outside_the_allow_list_is_refused(saved: Path, target: str) -> None:
     edit(saved, lambda data: data["nodes"][-1].update(call=target))
@@ -197,6 +197,18 @@ def test_an_op_that_writes_files_or_memory_is_refused() -> None:
 
 
 CODE = "x=__import__('os').abort()"
+
+
+@pytest.mark.parametrize("name", [CODE, "x: f()", "x, y", "1x", "", "class", "a.b", None])
+def test_a_name_that_is_put_into_code_must_be_an_identifier(name: Any) -> None:
+    with pytest.raises(InputFileError, match="not usable as a name"):
+        identifier(name)
+
+
+@pytest.mark.parametrize("name", ['a")' + CODE, "a'", "a\\", "a\nb", "a..b", "", None])
+def test_a_weight_name_must_be_safe_between_quotes(name: Any) -> None:
+    with pytest.raises(InputFileError, match="not usable as the name of a weight"):
+        weight_name(name)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_the_resolved_recipe_is_accepted_back_and_says_everything(tmp_path: Path
 
 
 def test_odd_strings_survive_the_round_trip() -> None:
-    recipe = Recipe((), ignore=('a"b\\c\nd\te\x01', "ü"), source="two\nlines")
+    recipe = Recipe((), ignore=('a"b\\c\nd\te\x01\x7f', "ü😀"), source="two\nlines")
     assert Recipe.parse(recipe.to_toml()).ignore == recipe.ignore
 
 
