@@ -163,10 +163,8 @@ def _projection(value: Any, name: str, why: list[str]) -> fx.Node | None:
     """Up from q, k or v through layout, RoPE, norms and number factors to the linear that makes it."""
     linear, stopped = _up(value)
     if linear is None:
-        why.append(
         what = str(stopped.target).removeprefix("aten.").removesuffix(".default") if stopped.op == "call_function" else stopped.name
         why.append(f"{name} comes from {what}, not from a linear")
-        )
     return linear
 
 

@@ -75,17 +75,21 @@ class Call:
                 elif leaf is not None and leaf != constant:
                     raise UsageError(f"argument {captured.name!r} was captured as {constant!r}; got {leaf!r}. Capture again with the new value")
         for name, value in values.items():
-            if value is not None and value is not False and not self._is_default(name, value):
+            if not self._is_default(name, value):
                 raise UsageError(
                     f"argument {name!r} was not part of the capture (it has {', '.join(c.name for c in self.captured)}); give it in the example inputs"
                 )
         return tuple(flat)
 
     def _is_default(self, name: str, value: Any) -> bool:
+        """Whether leaving the argument out means the same; None and False count as the same, as they do in most models."""
+        absent = value is None or value is False
         for p in self.parameters:
             if p.name == name:
-                return p.kind.startswith("VAR_") and not value or isinstance(value, SIMPLE) and value == p.default
-        return isinstance(value, SIMPLE) and value is True and name == "return_dict"  # the capture already returns the class
+                if p.kind.startswith("VAR_"):
+                    return not value
+                return absent and not p.default or isinstance(value, SIMPLE) and value == p.default
+        return absent or value is True and name == "return_dict"  # the capture already returns the class
 
     def bind(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by parameter name, for callers that hold (args, kwargs)."""

@@ -53,6 +53,8 @@ class Graph:
     fake_mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
     symbols: dict[str, torch.SymInt] = field(default_factory=dict)
     """Dim name -> the SymInt that stands for it in `meta["val"]`."""
+    known: dict[tuple, Any] = field(default_factory=dict, repr=False)
+    """What `infer` found for calls seen before: equal layers are inferred once. Shared by clones."""
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -167,15 +169,18 @@ class Graph:
 
     def infer(self, node: fx.Node) -> None:
         """Compute `meta["val"]` of a call from its operands' fake values."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
-        target: Any = node.target
-        with self.fake_mode, torch.no_grad():
-            try:
-                node.meta["val"] = target(*args, **kwargs)
-            except RuntimeError:  # baddbmm and others take symbolic sizes only through their Python decompositions, which are slow
-                with enable_python_dispatcher():
-                    node.meta["val"] = target(*args, **kwargs)
-        node.meta["inferred"] = (node.meta["val"], _made_of(node))
+        made_of = _made_of(node)
+        if made_of not in self.known:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
+            target: Any = node.target
+            with self.fake_mode, torch.no_grad():
+                try:
+                    self.known[made_of] = target(*args, **kwargs)
+                except RuntimeError:  # baddbmm and others take symbolic sizes only through their Python decompositions, which are slow
+                    with enable_python_dispatcher():
+                        self.known[made_of] = target(*args, **kwargs)
+        node.meta["val"] = self.known[made_of]
+        node.meta["inferred"] = node.meta["val"], made_of
 
     def is_inferred(self, node: fx.Node) -> bool:
         """Whether `meta["val"]` was computed from the call as it stands: same op, same literals, operands of the same types."""
@@ -219,7 +224,7 @@ class Graph:
         for name in (str(n.target) for n in copy.find_nodes(op="get_attr")):
             _share(self.module, twin, name)
         twin._graph, copy.owning_module = copy, twin
-        return Graph(twin, self.call, dict(self.dims), dict(self.recipes), list(self.notes), self.canonical, self.fake_mode, self.symbols)
+        return Graph(twin, self.call, dict(self.dims), dict(self.recipes), list(self.notes), self.canonical, self.fake_mode, self.symbols, self.known)
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -276,7 +281,7 @@ class Graph:
 
 def _made_of(node: fx.Node) -> tuple:
     """What `meta["val"]` follows from. Operands count by type, so renaming or replacing one by its equal changes nothing."""
-    literals = fx.map_arg((node.args, node.kwargs), lambda n: None)
+    literals = fx.map_arg((node.args, node.kwargs), lambda n: "%")
     return node.target, str(literals), tuple(_type(n) for n in node.all_input_nodes)
 
 

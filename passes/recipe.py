@@ -144,8 +144,8 @@ def _known_keys(data: Any, known: tuple[str, ...], where: str) -> None:
         raise RecipeError(f"{where} must be a table, got {data!r}")
     for key in data:
         if key not in known:
-            takes = f"it takes {', '.join(known)}" if known else "it has no options"
-            raise RecipeError(f"{where} has no option {key!r};{near(key, known)} {takes}".replace("; ", ";", 1).replace(";", "; ", 1))
+            takes = f"It takes {', '.join(known)}" if known else "It has no options"
+            raise RecipeError(f"{where} has no option {key!r}.{near(key, known)} {takes}")
 
 
 def _checked(kind: Any, value: Any, where: str) -> Any:

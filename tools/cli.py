@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from ..ir.errors import RewrightError, UsageError
 app = typer.Typer(
     name="rewright", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Make neural networks smaller and faster by rewriting their graphs, with no silent step."
 )
+
+WrongUsage: Any = typer.BadParameter.__bases__[0]  # click's UsageError, which some versions of typer bring along under another name
 
 Model = Annotated[str, typer.Argument(help=".pt2, saved result folder, hf:NAME_OR_FOLDER, timm:NAME, py:module:callable, zoo:minilm")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -244,9 +247,18 @@ def demo(out: str = "minilm-int8.onnx", quick: Annotated[bool, typer.Option(help
 
 def _print(payload: dict[str, Any], as_json: bool, human: Callable[[], Any]) -> None:
     if as_json:
-        print(json.dumps(payload, default=str))
+        print(json.dumps(_plain(payload), default=str, allow_nan=False))
     else:
         human()
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no infinity and no NaN: they become null."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _load(model: str, inputs: str | None) -> Any:
@@ -304,25 +316,19 @@ def _write(result: Any, out: str, profile: str, opset: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Entry point: every failure is one sentence and an exit code (DESIGN 7)."""
     arguments = sys.argv[1:] if argv is None else argv
-    code, name, message = 1, "internal", ""
     try:
-        import click
-
-        code = app(arguments, standalone_mode=False) or 0
-        sys.exit(code)
+        sys.exit(app(arguments, standalone_mode=False) or 0)
     except RewrightError as error:
         code, name, message = error.code, error.name, str(error)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         code, name, message = 130, "interrupted", "interrupted; nothing was written"
-    except click.ClickException as error:
+    except WrongUsage as error:
         code, name, message = 2, "usage", error.format_message()
     except MemoryError:
         code, name, message = 5, "resource", "out of memory; use smaller example inputs or a smaller calibration set"
     except OSError as error:
         code, name, message = 5, "resource", str(error)
-    except Exception as error:  # our bug: say so, keep the trace for whoever asks
-        if "--debug" in arguments:
-            raise
+    except Exception as error:  # our bug
         code, name, message = 1, "internal", f"a bug in rewright ({type(error).__name__}: {error}); please report it with the command you ran"
     if "--json" in arguments:
         print(json.dumps({"error": {"code": name, "message": message}}))

@@ -128,7 +128,7 @@ def _what_is(path: Path) -> str:
             return what
     if not head:
         return "an empty file"
-    return "a text file" if head.isascii() and head.decode("ascii").isprintable() else "binary data of an unknown kind"
+    return "a text file" if all(32 <= b < 127 or b in b"\t\n\r" for b in head) else "binary data of an unknown kind"
 
 
 def batches_from_npz(graph: Graph, path: str) -> list[Flat]:

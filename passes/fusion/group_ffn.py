@@ -28,7 +28,7 @@ class GroupFFN(GraphPass):
     Declines a hidden layer that something else reads, computed weights, and widths that `groups` does not divide.
     """
 
-    groups: int = 3
+    groups: int = 2
 
     name = "group-ffn"
     exact = True  # the same products, added in another order: within fp tolerance

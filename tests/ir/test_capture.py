@@ -76,6 +76,18 @@ def test_an_argument_the_capture_did_not_have_is_refused(mixer: Mixer, x: Tensor
     assert torch.equal(graph(x, None, double=False), mixer(x))  # the defaults, spelt out
 
 
+def test_a_flag_that_is_on_by_default_can_not_be_switched_off_unseen() -> None:
+    class Switch(nn.Module):
+        def forward(self, x: Tensor, double: bool = True, mask: Tensor | None = None) -> Tensor:
+            return x * 2 if double else x
+
+    graph = capture(Switch().eval(), (torch.ones(2, 2),))
+    assert torch.equal(graph(torch.ones(2, 2), double=True, mask=False), torch.full((2, 2), 2.0))
+    for off in (False, None):
+        with pytest.raises(UsageError, match="'double' was not part of the capture"):
+            graph(torch.ones(2, 2), double=off)
+
+
 class Nested(nn.Module):
     """Takes and returns structures."""
 

@@ -182,7 +182,18 @@ def test_every_kind_of_argument_survives_json(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["os.system", "builtins.eval", "aten.linear", "aten.nothing.default", "aten.__class__.__init__", "profiler._record_function_enter_new.default", "rewright_kernels.x.default", "", "getattr"]
+    "target",
+    [
+        "os.system",
+        "builtins.eval",
+        "aten.linear",
+        "aten.nothing.default",
+        "aten.__class__.__init__",
+        "profiler._record_function_enter_new.default",
+        "rewright_kernels.x.default",
+        "",
+        "getattr",
+    ],
 )
 def test_a_call_outside_the_allow_list_is_refused(saved: Path, target: str) -> None:
     edit(saved, lambda data: data["nodes"][-1].update(call=target))

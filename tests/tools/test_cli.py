@@ -1,0 +1,224 @@
+"""The command line from outside: exit codes, one sentence on failure, JSON that parses, no partial output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rewright.tools import cli
+
+MODELS = """
+import torch
+from torch import nn
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+class Branches(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            return x
+        return -x
+
+def small():
+    return Small(), (torch.randn(4, 64),)
+
+def branches():
+    return Branches(), (torch.randn(4, 64),)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "my_models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.set_num_threads(1)
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as done:
+        cli.main(list(arguments))
+    out, err = capsys.readouterr()
+    return int(done.value.code or 0), out, err
+
+
+def test_optimize_writes_onnx_and_reports_every_pass(capsys, tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "optimize", "py:my_models:small", "-p", "quantize-linear:min_weights=100", "-o", "m.onnx", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (tmp_path / "m.onnx").exists()
+    assert {"model", "target", "output", "passes", "verification"} <= set(found)
+    last = found["passes"][-1]
+    assert (last["name"], last["applied"], last["options"]["min_weights"]) == ("quantize-linear", 2, 100)
+    assert {"matched", "declined", "predicted", "measured", "seconds"} <= set(last)
+
+
+@pytest.mark.parametrize("out", ["result", "m.pt2"])
+def test_other_outputs_load_back(capsys, tmp_path: Path, out: str) -> None:
+    assert run(capsys, "optimize", "py:my_models:small", "-p", "group-ffn", "-o", out)[0] == 0
+    code, text, _ = run(capsys, "verify", "py:my_models:small", out, "--json")
+    assert code == 0
+    assert json.loads(text)["relative_error"] < 1e-5
+    if out == "result":
+        assert {"weights.safetensors", "graph.json", "recipe.resolved.toml", "manifest.json"} == {f.name for f in (tmp_path / out).iterdir()}
+
+
+def test_the_resolved_recipe_is_accepted_back(capsys, tmp_path: Path) -> None:
+    run(capsys, "optimize", "py:my_models:small", "-p", "group-ffn:groups=4", "-o", "result")
+    code, out, _ = run(capsys, "optimize", "py:my_models:small", "-r", "result/recipe.resolved.toml", "--json")
+    assert code == 0
+    assert json.loads(out)["passes"][-1]["options"] == {"groups": 4}
+
+
+def test_set_overrides_a_recipe(capsys, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text('[[pass]]\nname = "group-ffn"\n')
+    _, out, _ = run(capsys, "optimize", "py:my_models:small", "-r", "r.toml", "--set", "group-ffn.groups=8", "--json")
+    assert json.loads(out)["passes"][-1]["options"] == {"groups": 8}
+
+
+def test_a_broken_budget_is_undone_and_exits_4(capsys, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text('[verify]\nmin_cosine = 1.0\n[[pass]]\nname = "quantize-linear"\nmin_weights = 1\n')
+    code, out, _ = run(capsys, "optimize", "py:my_models:small", "-r", "r.toml", "--json")
+    found = json.loads(out)
+    assert code == 4
+    assert found["error"]["code"] == "promise-broken"
+    assert "quantize-linear" in found["error"]["message"]
+    assert found["verification"]["bit_equal"]
+
+
+def test_a_required_pass_that_matches_nothing_exits_4_and_writes_nothing(capsys, tmp_path: Path) -> None:
+    code, _, err = run(capsys, "optimize", "py:my_models:small", "-p", "fuse-add-layer-norm", "-o", "m.onnx")
+    assert code == 4
+    assert "matched nothing" in err
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_model_that_cannot_be_captured_shows_the_users_own_line(capsys) -> None:
+    code, _, err = run(capsys, "inspect", "py:my_models:branches")
+    assert code == 3
+    assert "my_models.py:" in err
+    assert "if x.sum() > 0:" in err
+    assert "Hint" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["optimize", "py:my_models:small", "-p", "group-fnn"], 2, "Did you mean 'group-ffn'"),
+        (["optimize", "py:my_models:small", "-p", "group-ffn:group=2"], 2, "no option 'group'. Did you mean 'groups'"),
+        (["optimize", "py:my_models:small", "-p", "group-ffn:groups=many"], 2, "groups: input should be a valid integer"),
+        (["optimize", "py:my_models:small"], 2, "either a recipe"),
+        (["optimize", "py:my_models:small", "-p", "group-ffn", "-o", "x.txt"], 2, "end it in .onnx or .pt2"),
+        (["optimize", "py:my_models:small", "-p", "group-ffn", "--target", "h2000"], 2, "Did you mean 'h200'"),
+        (["optimize", "py:my_models:nothing", "-p", "group-ffn"], 2, "has no 'nothing'"),
+        (["optimize", "py:no_such_module:f", "-p", "group-ffn"], 2, "no module named"),
+        (["optimize", "zoo:minilmm", "-p", "group-ffn"], 2, "Did you mean 'minilm'"),
+        (["optimize", "nothing", "-p", "group-ffn"], 2, "is no model"),
+        (["inspect", "missing.pt2"], 3, "no file missing.pt2"),
+        (["inspect", "my_models.py"], 3, "a text file"),
+        (["bench", "missing.onnx"], 3, "no file missing.onnx"),
+        (["no-such-verb"], 2, "No such command"),
+        (["recipes", "encoder-int9"], 2, "Did you mean 'encoder-int8'"),
+    ],
+)
+def test_errors_are_one_sentence_with_their_code(capsys, arguments: list[str], code: int, words: str) -> None:
+    got, _, err = run(capsys, *arguments)
+    assert got == code
+    assert words in err
+    assert "Traceback" not in err
+    got, out, _ = run(capsys, *arguments, "--json")
+    assert got == code
+    assert set(json.loads(out)["error"]) == {"code", "message"}
+
+
+def test_interrupt_exits_130_and_leaves_the_old_file(capsys, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "m.onnx").write_text("precious")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rewright.backends.onnx.export._save", interrupted)
+    code, _, err = run(capsys, "optimize", "py:my_models:small", "-p", "group-ffn", "-o", "m.onnx")
+    assert code == 130
+    assert "interrupted" in err
+    assert (tmp_path / "m.onnx").read_text() == "precious"
+    assert not [f for f in tmp_path.iterdir() if f.name.startswith(".m.onnx")]
+
+
+def test_a_full_disk_exits_5_and_leaves_the_old_file(capsys, tmp_path: Path, monkeypatch) -> None:
+    import errno
+
+    (tmp_path / "m.onnx").write_text("precious")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rewright.backends.onnx.export._save", full)
+    code, _, err = run(capsys, "optimize", "py:my_models:small", "-p", "group-ffn", "-o", "m.onnx")
+    assert code == 5
+    assert "the disk is full" in err
+    assert (tmp_path / "m.onnx").read_text() == "precious"
+
+
+def test_plan_writes_nothing_and_predicts(capsys, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    code, out, _ = run(capsys, "plan", "py:my_models:small", "-p", "quantize-linear:min_weights=1", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["weight_bytes"][1] < found["weight_bytes"][0] / 3
+    assert found["passes"][-1]["predicted"]["weight_bytes"] < 0
+    assert sorted(p for p in tmp_path.iterdir() if p.name != "__pycache__") == [p for p in before if p.name != "__pycache__"]
+
+
+def test_explain_names_the_node_and_the_reason_of_a_miss(capsys, tmp_path: Path) -> None:
+    (tmp_path / "norms.py").write_text(
+        "import torch\nfrom torch import nn\nclass M(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.norm = nn.LayerNorm(8)\n"
+        "    def forward(self, x):\n        return self.norm(torch.relu(x))\ndef m():\n    return M(), (torch.randn(2, 8),)\n"
+    )
+    code, out, _ = run(capsys, "explain", "py:norms:m", "fuse-add-layer-norm")
+    assert code == 0
+    assert "layer_norm (norm): relu (relu) stands where add was expected" in out
+
+
+def test_bench_cost_diff_bisect_and_inspect_answer(capsys, tmp_path: Path) -> None:
+    run(capsys, "optimize", "py:my_models:small", "-p", "group-ffn", "-o", "m.onnx")
+    code, out, _ = run(capsys, "bench", "py:my_models:small", "m.onnx", "--shapes", "4", "--rounds", "5", "--json")
+    assert code == 0
+    assert set(json.loads(out)["shapes"]["4"]) == {"py:my_models:small", "m.onnx"}
+    code, out, _ = run(capsys, "cost", "py:my_models:small", "--target", "h200", "--json")
+    assert json.loads(out)["total"]["flops"] > 4 * 2 * 2 * 64 * 128
+    run(capsys, "optimize", "py:my_models:small", "-p", "group-ffn", "-o", "result")
+    code, out, _ = run(capsys, "diff", "py:my_models:small", "result", "--json")
+    assert json.loads(out)["ops"]["linear"] == [2, 4]
+    code, out, _ = run(capsys, "bisect", "py:my_models:small", "-p", "group-ffn", "-p", "quantize-linear:min_weights=1", "--json")
+    assert json.loads(out)["culprit"]["name"] == "quantize-linear"
+    code, out, _ = run(capsys, "inspect", "m.onnx", "--json")
+    assert json.loads(out)["inputs"][0].startswith("x:")
+    code, out, _ = run(capsys, "inspect", "py:my_models:small", "--text")
+    assert "relu(" in out
+
+
+@pytest.mark.parametrize("verb", ["passes", "recipes", "targets", "doctor"])
+def test_lists_answer_in_words_and_json(capsys, verb: str) -> None:
+    code, out, _ = run(capsys, verb)
+    assert code == 0
+    assert len(out.splitlines()) > 1
+    code, out, _ = run(capsys, verb, "--json")
+    assert code == 0
+    assert json.loads(out)
+
+
+def test_a_recipe_is_copied_by_name(capsys, tmp_path: Path) -> None:
+    _, out, _ = run(capsys, "recipes", "clean")
+    (tmp_path / "my.toml").write_text(out)
+    assert run(capsys, "optimize", "py:my_models:small", "-r", "my.toml")[0] == 0

@@ -1,0 +1,90 @@
+"""The Python API of DESIGN 7, and the examples as they are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rewright as rw
+
+from ..passes.encoder import encoder, example
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def result() -> rw.Result:
+    return rw.optimize(encoder(), example(), recipe="encoder-int8")
+
+
+def test_the_shipped_recipe_runs_and_the_module_keeps_the_calls_signature(result) -> None:
+    assert [r.name for r in result.records if not r.canonical] == ["fuse-add-layer-norm", "pack-heads", "group-heads", "group-ffn", "quantize-linear"]
+    assert not result.outcome.undone
+    inputs = example()
+    assert torch.equal(result.module(**inputs), result.module(inputs["input_ids"], inputs["attention_mask"]))
+    assert torch.nn.functional.cosine_similarity(result.module(**inputs), encoder()(**inputs), dim=-1)[inputs["attention_mask"] != 0].mean() > 0.999
+
+
+def test_a_saved_result_loads_equal_and_an_altered_one_is_refused(result, tmp_path: Path) -> None:
+    folder = result.save(tmp_path / "out")
+    loaded = rw.load(folder)
+    assert torch.equal(loaded.module(**example()), result.module(**example()))
+    assert [r.name for r in loaded.records] == [r.name for r in result.records]
+    result.save(folder)  # over an older result
+    with open(folder / "weights.safetensors", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(rw.InputFileError, match="was changed"):
+        rw.load(folder)
+
+
+def test_api_functions_take_graphs(result) -> None:
+    graph = rw.capture(encoder(), (), example())
+    assert graph.canonical
+    assert rw.verify(graph, result.graph, example()).cosine > 0.99
+    assert not rw.diff(graph, result.graph).equal
+    assert rw.diff(graph, graph.clone()).equal
+    assert sum(seconds for _, seconds, _ in rw.cost(graph, "h200")) > 0
+    assert rw.explain(graph, "pack-heads").applied
+    culprit = rw.bisect(result)
+    assert culprit is not None
+    assert culprit.name == "quantize-linear"
+    assert culprit.layer.startswith("layers.0")
+
+
+def test_pipeline_takes_passes_in_python() -> None:
+    graph = rw.capture(encoder(), (), example())
+    pipe = rw.Pipeline([rw.passes.PackHeads(), rw.passes.QuantizeLinear(min_weights=10_000)])
+    outcome = pipe.run(graph, [graph.flat_inputs((), example())])
+    assert outcome.records[-1].applied == 0
+    assert outcome.records[0].applied == 2
+
+
+def test_metric_and_its_budget() -> None:
+    from rewright.passes.pipeline import Budget
+    from rewright.passes.recipe import Recipe
+
+    inputs, want = example(), encoder()(**example())
+    metric = lambda module: -float((module(**inputs) - want).abs().max())  # noqa: E731
+    strict = Recipe((rw.passes.QuantizeLinear(min_weights=1),), budget=Budget(max_metric_drop=1e-6))
+    result = rw.optimize(encoder(), example(), recipe=strict, metric=metric)
+    record = result.records[-1]
+    assert record.undone is not None
+    assert "metric drop" in record.undone
+    assert record.measured["metric"] < record.measured["metric_before"]
+
+
+def test_latency_is_recorded_when_asked() -> None:
+    result = rw.optimize(encoder(), example(), recipe=[rw.passes.PackHeads()], latency=lambda graph: float(len(graph.nodes)))
+    assert result.records[-1].measured["latency_ms"] == len(result.graph.nodes)
+
+
+@pytest.mark.parametrize("name", ["write_a_pass.py", "optimize_minilm.py"])
+def test_examples_run_as_they_are(name: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, EXAMPLES / name, str(tmp_path)] if "minilm" in name else [sys.executable, EXAMPLES / name], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ("square-relu: matched 1, applied 1, bit-equal: True" if "pass" in name else "weights 90.9 ->") in done.stdout
+    assert len((EXAMPLES / "write_a_pass.py").read_text().splitlines()) < 40
