@@ -317,7 +317,10 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point: every failure is one sentence and an exit code (DESIGN 7)."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        sys.exit(app(arguments, standalone_mode=False) or 0)
+        code = app(arguments, standalone_mode=False) or 0
+        if code == 130:  # some versions of typer swallow Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
     except RewrightError as error:
         code, name, message = error.code, error.name, str(error)
     except (KeyboardInterrupt, typer.Abort):
