@@ -73,14 +73,14 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("targett = 1", "text has no option 'targett'; Did you mean 'target'?"),
-        ("[verify]\nmin_cosin = 1", r"text: \[verify\] has no option 'min_cosin'; Did you mean 'min_cosine'"),
+        ("targett = 1", "text has no option 'targett'. Did you mean 'target'?"),
+        ("[verify]\nmin_cosin = 1", r"text: \[verify\] has no option 'min_cosin'. Did you mean 'min_cosine'"),
         (
             '[[pass]]\nname = "quantize-linear"\nwieghts = "int8-channel"',
-            r"text: pass\[0\] \(quantize-linear\) has no option 'wieghts'; Did you mean 'weights'",
+            r"text: pass\[0\] \(quantize-linear\) has no option 'wieghts'. Did you mean 'weights'",
         ),
         ('[[pass]]\nname = "quantize-linaer"', "no pass named 'quantize-linaer'. Did you mean 'quantize-linear'"),
-        ('[[pass]]\nname = "drop-no-ops"\nrank = 1', "'rank'; it has no options"),
+        ('[[pass]]\nname = "drop-no-ops"\nrank = 1', "'rank'. It has no options"),
         ("[[pass]]\nrank = 1", r"text: pass\[0\] has no name"),
         ("[pass]\nname = 1", r"passes are written as \[\[pass\]\] tables"),
         ("pass = 1", r"passes are written as \[\[pass\]\] tables"),
