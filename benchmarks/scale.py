@@ -26,7 +26,14 @@ def measure(layers: int) -> dict:
     from rewright.passes.recipe import make_pass
 
     config = LlamaConfig(
-        hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8, num_hidden_layers=layers, vocab_size=32000, use_cache=False, attn_implementation="sdpa"
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        num_hidden_layers=layers,
+        vocab_size=32000,
+        use_cache=False,
+        attn_implementation="sdpa",
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).eval()

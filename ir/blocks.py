@@ -138,14 +138,16 @@ def describe(graph: Graph) -> list[str]:
 def _attention_block(node: fx.Node) -> AttentionBlock:
     q, k, v = node.args[:3]
     why: list[str] = []
-    sources = [_projection(value, name, why) for name, value in (("q", q), ("k", k), ("v", v))]
+    to_q, to_k, to_v = (_projection(value, name, why) for name, value in (("q", q), ("k", k), ("v", v)))
     out = _reader(node)
     if out is None:
         why.append("no linear reads the attention's output")
     shape = q.meta["val"].shape  # type: ignore[union-attr]
     return AttentionBlock(
         node,
-        *sources,
+        to_q,
+        to_k,
+        to_v,
         out,
         int(shape[1]),
         int(k.meta["val"].shape[1]),  # type: ignore[union-attr]
@@ -153,7 +155,7 @@ def _attention_block(node: fx.Node) -> AttentionBlock:
         argument(node, "causal"),
         argument(node, "window"),
         argument(node, "key_mask"),
-        _norm_position(sources[0], out),
+        _norm_position(to_q, out),
         node.meta.get("path", ""),
         tuple(why),
     )
@@ -243,10 +245,10 @@ def _norm_inputs(norm: fx.Node) -> list[fx.Node]:
     if norm.target is operator.getitem:
         fused: Any = norm.args[0]
         return [u for u in fused.users if u is not norm]
-    return [_past_casts(norm.args[0])]  # type: ignore[arg-type]
+    return [_past_casts(norm.args[0])]
 
 
-def _past_casts(node: fx.Node) -> fx.Node:
+def _past_casts(node: Any) -> fx.Node:
     while node.op == "call_function" and is_looked_through(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node

@@ -162,7 +162,8 @@ class Graph:
     def insert(self, target: Any, *args: Any, before: fx.Node, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
         """A new call before `before`, with its `val` computed and the provenance of `like` (default: of `before`)."""
         with self.fx.inserting_before(before):
-            node = self.fx.call_function(target, args, kwargs)
+            name = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else target.__name__
+            node = self.fx.create_node("call_function", target, args, kwargs, name=name)
         node.meta["path"] = (like or before).meta.get("path", "")
         self.infer(node)
         return node

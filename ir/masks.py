@@ -208,7 +208,7 @@ def _slice_to_leaves(mask: fx.Node) -> list[fx.Node]:
 
 
 def _widths_in(graph: Graph, node: fx.Node) -> list[int]:
-    values = [_width(graph, node)] if node.op == "get_attr" else [a for a in node.args if type(a) in (int, float)] if _op(node) in _WIDTHS else []
+    values: list[Any] = [_width(graph, node)] if node.op == "get_attr" else [a for a in node.args if type(a) in (int, float)] if _op(node) in _WIDTHS else []
     return [int(abs(v)) for v in values if v is not None and _LARGE <= abs(v) < 1e7 and v == int(v)]
 
 

@@ -28,6 +28,7 @@ PASSES = {
     "group-heads": "fusion.group_heads:GroupHeads",
     "group-ffn": "fusion.group_ffn:GroupFFN",
     "merge-linears": "fusion.merge_linears:MergeLinears",
+    "gelu-to-silu": "approximation.gelu_to_silu:GELUToSiLU",
     "quantize-linear": "quantization.quantize_linear:QuantizeLinear",
 }
 

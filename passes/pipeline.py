@@ -60,7 +60,8 @@ class Record:
     predicted: dict[str, float] = field(default_factory=dict)
     """Change of bytes, flops, launches, weight_bytes (and seconds on the target), after minus before."""
     measured: dict[str, Any] = field(default_factory=dict)
-    """Against the captured original: see ir.verify.Drift; metric and latency_ms when asked."""
+    """Against the captured original: see ir.verify.Drift; `step_error` of an exact pass is against the program before it;
+    metric and latency_ms when asked."""
     seconds: float = 0.0
     undone: str | None = None
     """Why the pass was taken back, with the layer; None if it stands."""
@@ -142,7 +143,8 @@ class _Run:
         self.references = {id(flat): self.original.run(flat) for flat in self.inputs}
         self.outputs = dict(self.references)  # of the program so far
         self.valid = padding_mask(graph)
-        self.measured = Drift(inputs=len(self.inputs)).as_dict() if self.inputs else {"note": "structure only: no inputs or no weights to run on"}
+        unmeasured = "structure only: no inputs or no weights to run on" if pipeline.verify else "not run"
+        self.measured = Drift(inputs=len(self.inputs)).as_dict() if self.inputs else {"note": unmeasured}
         self.records: list[Record] = []
         self.metric = pipeline.metric(self.original.module) if pipeline.metric and runnable else None
 
@@ -155,7 +157,7 @@ class _Run:
         before, begin = self.graph, time.perf_counter()
         after, context = self._attempt(step, record, self.pipeline.ignore)
         if after is before:
-            record.measured = dict(self.measured)
+            record.measured = {k: v for k, v in self.measured.items() if k != "step_error"}
         elif after is not None:
             trouble = self._promise_broken(step, before, after, record)
             if trouble and not step.exact:
@@ -169,11 +171,11 @@ class _Run:
                 self.measured = dict(record.measured)
                 if self.inputs:
                     self.outputs = self._new_outputs
-                if self.pipeline.latency is not None and not canonical:
-                    record.measured["latency_ms"] = self.pipeline.latency(after)
         record.matched, record.applied = context.matched, 0 if record.undone else len(context.applied)
         record.declined, record.layers = context.declined, [] if record.undone else context.applied
         record.seconds = time.perf_counter() - begin
+        if self.pipeline.latency is not None and self.graph is not before and not canonical:
+            record.measured["latency_ms"] = self.pipeline.latency(self.graph)
         if step.name in self.pipeline.require_match and not record.applied and not record.undone:
             raise PromiseBroken(_nothing_matched(step, context))
 
@@ -214,6 +216,7 @@ class _Run:
         if not step.exact:
             return self.pipeline.budget.why_not(from_original, metric_drop)
         here = compare(lambda flat: self.outputs[id(flat)], lambda flat: self._new_outputs[id(flat)], self.inputs)
+        record.measured["step_error"] = 0.0 if here.bit_equal else here.relative_error
         limit = tolerance(before)
         if here.relative_error <= limit:
             return None

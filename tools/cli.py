@@ -14,7 +14,11 @@ import typer
 from ..ir.errors import RewrightError, UsageError
 
 app = typer.Typer(
-    name="rewright", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Make neural networks smaller and faster by rewriting their graphs, with no silent step."
+    name="rewright",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make neural networks smaller and faster by rewriting their graphs, with no silent step.",
 )
 
 WrongUsage: Any = typer.BadParameter.__bases__[0]  # click's UsageError, which some versions of typer bring along under another name
@@ -72,7 +76,15 @@ def optimize(
 
 
 @app.command()
-def plan(model: Model, recipe: RecipeName = None, passes: PassNames = None, target: TargetName = None, inputs: Inputs = None, settings: Settings = None, as_json: Json = False) -> None:
+def plan(
+    model: Model,
+    recipe: RecipeName = None,
+    passes: PassNames = None,
+    target: TargetName = None,
+    inputs: Inputs = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
     """A dry run: what would match, be declined and why, and what it is predicted to buy. Writes nothing."""
     from . import present
     from .optimize import optimize as run
@@ -84,7 +96,9 @@ def plan(model: Model, recipe: RecipeName = None, passes: PassNames = None, targ
 
 
 @app.command()
-def inspect(model: Model, inputs: Inputs = None, text: Annotated[bool, typer.Option("--text", help="Print the whole program as Python.")] = False, as_json: Json = False) -> None:
+def inspect(
+    model: Model, inputs: Inputs = None, text: Annotated[bool, typer.Option("--text", help="Print the whole program as Python.")] = False, as_json: Json = False
+) -> None:
     """What MODEL is: inputs, blocks, ops, weights; what was not understood."""
     from . import present
 
@@ -106,7 +120,11 @@ def explain(model: Model, name: Annotated[str, typer.Argument(help="Pass name.")
     from .optimize import explain as run
 
     found = run(_canonical(model, inputs), name, most)
-    _print({"name": found.name, "applied": found.applied, "declined": [vars(d) for d in found.declined], "misses": [str(m) for m in found.misses]}, as_json, lambda: print("\n".join(found.lines())))
+    _print(
+        {"name": found.name, "applied": found.applied, "declined": [vars(d) for d in found.declined], "misses": [str(m) for m in found.misses]},
+        as_json,
+        lambda: print("\n".join(found.lines())),
+    )
 
 
 @app.command()
@@ -123,7 +141,12 @@ def diff(a: Model, b: Model, inputs: Inputs = None, as_json: Json = False) -> No
 
 @app.command()
 def verify(
-    a: Model, b: Model, inputs: Inputs = None, min_cosine: float = 0.999, max_error: Annotated[float | None, typer.Option(help="Largest relative error.")] = None, as_json: Json = False
+    a: Model,
+    b: Model,
+    inputs: Inputs = None,
+    min_cosine: float = 0.999,
+    max_error: Annotated[float | None, typer.Option(help="Largest relative error.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Run two models (a .onnx file may be one) on the same inputs at several shapes; exit code 4 if they differ by more than allowed."""
     from . import present
@@ -133,7 +156,8 @@ def verify(
     ok = found.cosine >= min_cosine and (max_error is None or found.relative_error <= max_error)
     payload: dict[str, Any] = {"a": a, "b": b, **found.as_dict(), "ok": ok}
     if not ok:
-        payload["error"] = {"code": "promise-broken", "message": f"cosine {found.cosine:.5f}, relative error {found.relative_error:.2g}: more than allowed (min cosine {min_cosine}, max error {max_error})"}
+        found_text = f"cosine {found.cosine:.5f}, relative error {found.relative_error:.2g}"
+        payload["error"] = {"code": "promise-broken", "message": f"{found_text}: more than allowed (min cosine {min_cosine}, max error {max_error})"}
     _print(payload, as_json, lambda: present.facts(payload))
     if not ok:
         raise typer.Exit(4)
@@ -167,7 +191,15 @@ def cost(model: Model, target: TargetName = "cpu", inputs: Inputs = None, most: 
 
 
 @app.command()
-def bisect(model: Model, recipe: RecipeName = None, passes: PassNames = None, inputs: Inputs = None, settings: Settings = None, limit: float | None = None, as_json: Json = False) -> None:
+def bisect(
+    model: Model,
+    recipe: RecipeName = None,
+    passes: PassNames = None,
+    inputs: Inputs = None,
+    settings: Settings = None,
+    limit: float | None = None,
+    as_json: Json = False,
+) -> None:
     """Run a recipe without verification; if the end result is off, name the pass and the layer that did it."""
     from .optimize import bisect as run
     from .optimize import optimize as rewrite
@@ -180,7 +212,12 @@ def bisect(model: Model, recipe: RecipeName = None, passes: PassNames = None, in
 
 @app.command()
 def export(
-    model: Model, out: Annotated[str, typer.Argument(help="model.onnx")], profile: str = "ort", opset: int | None = None, inputs: Inputs = None, as_json: Json = False
+    model: Model,
+    out: Annotated[str, typer.Argument(help="model.onnx")],
+    profile: str = "ort",
+    opset: int | None = None,
+    inputs: Inputs = None,
+    as_json: Json = False,
 ) -> None:
     """Write MODEL as ONNX, checked in onnxruntime at several shapes before the file gets its name."""
     from .optimize import optimize as run
@@ -188,7 +225,15 @@ def export(
     _check_out(out)
     done = run(_load(model, inputs), recipe=[]).export(out, _profile(profile), opset)
     payload = {**vars(done), "path": str(done.path), "parity": done.parity.as_dict() if done.parity else None}
-    _print(payload, as_json, lambda: print(f"{done.path}: {done.nodes} nodes, {done.bytes / 1e6:.1f} MB, opset {done.opset}, onnxruntime within {done.parity.relative_error:.1e} of the graph" if done.parity else done.path))
+    _print(
+        payload,
+        as_json,
+        lambda: print(
+            f"{done.path}: {done.nodes} nodes, {done.bytes / 1e6:.1f} MB, opset {done.opset}, onnxruntime within {done.parity.relative_error:.1e} of the graph"
+            if done.parity
+            else done.path
+        ),
+    )
 
 
 @app.command()
@@ -302,7 +347,7 @@ def _check_out(out: str) -> None:
     check_writable(path)
 
 
-def _write(result: Any, out: str, profile: str, opset: int) -> str:
+def _write(result: Any, out: str, profile: str, opset: int | None) -> str:
     path = Path(out)
     if path.suffix == ".onnx":
         result.export(path, _profile(profile), opset)

@@ -73,7 +73,13 @@ def sized_inputs(graph: Graph | None, spec: str, shape: str) -> Flat:
 def _onnx_inputs(path: Path, sizes: dict[str, int]) -> Flat:
     import onnxruntime
 
-    dtypes = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64, "tensor(int32)": torch.int32, "tensor(bool)": torch.bool, "tensor(float16)": torch.float16}
+    dtypes = {
+        "tensor(float)": torch.float32,
+        "tensor(int64)": torch.int64,
+        "tensor(int32)": torch.int32,
+        "tensor(bool)": torch.bool,
+        "tensor(float16)": torch.float16,
+    }
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     made = []
     for value in session.get_inputs():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.onnx.export import Exported, export
+from ..backends.onnx.export import Exported, export, silent
 from ..backends.onnx.session import Session
 from ..backends.target import cpu_features
 from ..ir.graph import Graph, quiet
@@ -102,14 +102,17 @@ def _demo(out: Path, quick: bool, progress: Callable[[str, int, int], None]) -> 
         runs[EAGER] = lambda batch: module(**batch).last_hidden_state
         if not quick:
             say("compiling the original with torch.compile")
-            if compiled := _compiled(zoo):
+            compiled = _compiled(zoo)
+            if compiled is not None:
                 runs[COMPILED] = lambda batch: compiled(**batch).last_hidden_state
         timings = {}
         for batch, length in SHAPES:
             say(f"timing {batch}x{length}")
             inputs = zoo.encode(zoo.texts[:batch], length)
             with torch.inference_mode():
-                timings[f"{batch}x{length}"] = alternate({n: (lambda run=run, inputs=inputs: run(inputs)) for n, run in runs.items()}, BASELINE, rounds=7 if quick else 21)
+                timings[f"{batch}x{length}"] = alternate(
+                    {n: (lambda run=run, inputs=inputs: run(inputs)) for n, run in runs.items()}, BASELINE, rounds=7 if quick else 21
+                )
         say("embedding real text")
         texts = zoo.texts[: 128 if quick else 512]
         original = embed(runs[EAGER], zoo, texts)
@@ -124,18 +127,12 @@ def baselines(zoo: ZooModel, folder: Path) -> tuple[Path, Path]:
 
     fp32, dynamic = folder / "fp32.onnx", folder / "dynamic.onnx"
     auto = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in zoo.example}
-    with quiet(), _muted():
+    with quiet(), silent():
         program = torch.onnx.export(zoo.module, (), kwargs=zoo.example, dynamo=True, opset_version=20, dynamic_shapes=auto, verbose=False)
         assert program is not None
         program.save(str(fp32))
         quantize_dynamic(fp32, dynamic, per_channel=True, weight_type=QuantType.QInt8)
     return fp32, dynamic
-
-
-def _muted() -> Any:
-    from ..backends.onnx.export import _silent
-
-    return _silent()
 
 
 def _compiled(zoo: ZooModel) -> Any:
@@ -159,6 +156,18 @@ def conditions(texts: int) -> dict[str, Any]:
     """What the numbers were measured with."""
     import onnxruntime
 
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()
+    cpu = (
+        next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
+        if os.path.exists("/proc/cpuinfo")
+        else platform.processor()
+    )
     isa = [f for f in ("amx_int8", "avx512_vnni", "avx512f", "avx2") if f in cpu_features()]
-    return {"cpu": cpu, "isa": isa[:2], "threads": 1, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "python": platform.python_version(), "texts": f"{texts} standard-library docstrings"}
+    return {
+        "cpu": cpu,
+        "isa": isa[:2],
+        "threads": 1,
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "python": platform.python_version(),
+        "texts": f"{texts} standard-library docstrings",
+    }

@@ -74,7 +74,9 @@ def _from_file(spec: str, inputs: str | None) -> Loaded:
         looks_like_file = path.suffix in (".onnx", ".pt2") or "/" in spec
         if looks_like_file:
             raise InputFileError(f"no file {spec}")
-        raise UsageError(f"{spec!r} is no model: give a .pt2 file, a saved result folder, hf:NAME, timm:NAME, py:module:callable or zoo:minilm.{near(spec, ('zoo:minilm',))}")
+        raise UsageError(
+            f"{spec!r} is no model: give a .pt2 file, a saved result folder, hf:NAME, timm:NAME, py:module:callable or zoo:minilm.{near(spec, ('zoo:minilm',))}"
+        )
     elif path.suffix == ".pt2":
         graph = capture(path)
     elif path.suffix == ".onnx":
@@ -123,7 +125,13 @@ def check_onnx(path: Path) -> Any:
 def _what_is(path: Path) -> str:
     with open(path, "rb") as file:
         head = file.read(8)
-    for magic, what in ((b"PK\x03\x04", "a zip archive (.pt, .pt2, .npz or .keras?)"), (b"GGUF", "a GGUF file"), (b"\x89HDF", "an HDF5 file"), (b"\x80\x02", "a pickle"), (b"\x80\x04", "a pickle")):
+    for magic, what in (
+        (b"PK\x03\x04", "a zip archive (.pt, .pt2, .npz or .keras?)"),
+        (b"GGUF", "a GGUF file"),
+        (b"\x89HDF", "an HDF5 file"),
+        (b"\x80\x02", "a pickle"),
+        (b"\x80\x04", "a pickle"),
+    ):
         if head.startswith(magic):
             return what
     if not head:
@@ -218,9 +226,10 @@ def _python(place: str, inputs: str | None) -> tuple[nn.Module, tuple, dict[str,
     model, example = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise UsageError(f"py:{place} gave a {type(model).__name__}; expected an nn.Module, (module, args) or (module, kwargs)")
-    given = _given(inputs)
-    if given or isinstance(example, Mapping):
-        return model, (), given or dict(example)
+    if given := _given(inputs):
+        return model, (), given
+    if isinstance(example, Mapping):
+        return model, (), dict(example)
     if example is None:
         raise UsageError(f"py:{place} gave no example inputs; return (module, inputs) from it, or give --inputs")
     return model, tuple(example) if isinstance(example, list | tuple) else (example,), {}

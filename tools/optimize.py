@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils import _pytree as pytree
 
 from .. import __version__
 from ..backends.onnx.export import Exported, Profile, export
@@ -22,7 +23,7 @@ from ..ir.diff import diff as _diff
 from ..ir.errors import InputFileError, UsageError
 from ..ir.files import check_writable, replacing
 from ..ir.graph import Graph, quiet
-from ..ir.pattern import Miss
+from ..ir.pattern import Miss, Pattern
 from ..ir.save import load_graph, save_graph
 from ..ir.verify import Drift, compare, example_inputs
 from ..passes import find_pass
@@ -88,7 +89,9 @@ class Result:
         """Write a torch.export archive; loading it needs `import rewright` for our ops."""
         path = Path(path)
         check_writable(path)
-        dims = tuple({axis: torch.export.Dim.AUTO for axis, size in enumerate(n.meta["val"].shape) if isinstance(size, torch.SymInt)} for n in self.graph.inputs)
+        dims = tuple(
+            {axis: torch.export.Dim.AUTO for axis, size in enumerate(n.meta["val"].shape) if isinstance(size, torch.SymInt)} for n in self.graph.inputs
+        )
         args = self.inputs[0] if self.inputs else random_inputs(self.graph)
         with quiet(), torch.no_grad(), replacing(path) as temporary:
             kwargs = dict(zip(self.graph.call.names, args))
@@ -132,7 +135,16 @@ def optimize(
     held_out = batches[-max(1, len(batches) // 4) :] if batches else []
     machine = Target.load(target or plan.target)
     pipeline = Pipeline(
-        plan.passes, machine, plan.budget, plan.require_match, (*plan.ignore, *ignore), verify, predict=lambda g: predicted_seconds(g, machine), latency=latency, metric=metric, progress=progress
+        plan.passes,
+        machine,
+        plan.budget,
+        plan.require_match,
+        (*plan.ignore, *ignore),
+        verify,
+        predict=lambda g: predicted_seconds(g, machine),
+        latency=latency,
+        metric=metric,
+        progress=progress,
     )
     inputs = [*loaded.inputs[:1], *held_out[:4]]
     return Result(pipeline.run(loaded.graph, inputs), plan, inputs)
@@ -209,7 +221,7 @@ def verify(a: nn.Module | Graph, b: nn.Module | Graph, inputs: Any) -> Drift:
     for batch in batches:
         args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch if isinstance(batch, tuple) else (batch,), {})
         with torch.no_grad():
-            one, other = (torch.utils._pytree.tree_leaves(m(*args, **kwargs)) for m in (a, b))
+            one, other = (pytree.tree_leaves(m(*args, **kwargs)) for m in (a, b))
         total = total & compare(lambda _, one=one: one, lambda _, other=other: other, [()])
     return total
 
@@ -235,10 +247,14 @@ class Explanation:
     declined: list[Declined]
     misses: list[Miss]
     """Nearest misses, closest first."""
+    ends_with: str = ""
+    """The ops its pattern ends with."""
 
     def lines(self) -> list[str]:
         """For a person."""
         found = [f"{self.name}: applies to {len(self.applied)}, declines {len(self.declined)}, misses narrowly {len(self.misses)}"]
+        if not (self.applied or self.declined or self.misses):
+            found.append(f"  nothing in the model ends like its pattern{f' (no {self.ends_with})' if self.ends_with else ''}")
         found += [f"  applies   {a}" for a in self.applied]
         found += [f"  declines  {d.layer or d.node}: {d.why}" for d in self.declined]
         found += [f"  misses    {m}" for m in self.misses]
@@ -252,4 +268,5 @@ def explain(graph: Graph, name: str, most: int = 5, **options: Any) -> Explanati
         graph = Pipeline([], verify=False).run(graph).graph
     misses = near_misses(graph, step, most) if isinstance(step, Rewrite) else []
     record = Pipeline([step], verify=False).run(graph).records[-1]
-    return Explanation(find_pass(name).name, record.layers, record.declined, misses)
+    ends_with = " or ".join(sorted({t._schema.name.split("::")[1] for t in Pattern(step.pattern).anchors})) if isinstance(step, Rewrite) else ""
+    return Explanation(find_pass(name).name, record.layers, record.declined, misses, ends_with)

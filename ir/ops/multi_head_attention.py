@@ -32,8 +32,8 @@ def multi_head_attention(
 
     q: [B, Q, heads * D]   k: [B, K, kv_heads * D]   v: [B, K, kv_heads * Dv]   ->   [B, Q, heads * Dv]; the rest as in `attention`.
     """
-    split = (t.unflatten(-1, (n, t.shape[-1] // n)).permute(0, 2, 1, 3) for t, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
-    return by_head.attention(*split, key_mask, causal, window, scale, softcap, bias).permute(0, 2, 1, 3).flatten(2)
+    q, k, v = (t.unflatten(-1, (n, t.shape[-1] // n)).permute(0, 2, 1, 3) for t, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    return by_head.attention(q, k, v, key_mask, causal, window, scale, softcap, bias).permute(0, 2, 1, 3).flatten(2)
 
 
 def cases(dtype: torch.dtype, device: str) -> Iterator[tuple]:

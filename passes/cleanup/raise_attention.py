@@ -222,13 +222,10 @@ def _hides(graph: Graph, fill: Any) -> bool:
 
 
 def _finish(graph: Graph, site: _Site, masks: _Masks, context: Context) -> None:
-    why = site.why or _shapes_wrong(site)
-    if why is None:
-        mask = _combine(site, masks)
-        why = mask if isinstance(mask, str) else None
-    if why is not None:
-        return context.decline(site.node, why)
-    key_masks, causal, window, bias = mask  # type: ignore[misc]
+    found = site.why or _shapes_wrong(site) or _combine(site, masks)
+    if isinstance(found, str):
+        return context.decline(site.node, found)
+    key_masks, causal, window, bias = found
     op = Builder(graph, site.node, site.node)
     if site.transposed:
         site.k = _swapped(graph, site.k, site.node)
@@ -264,7 +261,7 @@ def _combine(site: _Site, masks: _Masks) -> tuple[list[fx.Node], bool, int | Non
     scores = (q[0], q[2], k[3] if site.transposed else k[2])
     keys: list[fx.Node] = []
     causal, windows, bias = site.causal, [], None
-    work = list(site.terms)
+    work: list[tuple[Any, bool]] = list(site.terms)
     while work:
         term, hides = work.pop(0)
         found = masks.name(term, hides, scores)
@@ -277,7 +274,7 @@ def _combine(site: _Site, masks: _Masks) -> tuple[list[fx.Node], bool, int | Non
         elif bias is None and term.target is aten.add.Tensor and any(isinstance(masks.name(a, False, scores), Mask) for a in _addends(term)):
             work += [(a, False) for a in _addends(term)]  # T5: positions and padding in one sum
         elif bias is None and term.target in _WHERE_SEEN and _hides(masks.graph, term.args[2]):
-            work += [(term.args[0], False), (term.args[1], False)]  # type: ignore[list-item]  # T5: positions where seen, else the minimum
+            work += [(term.args[0], False), (term.args[1], False)]  # T5: positions where seen, else the minimum
         elif bias is not None:
             return f"two terms without a name are added to the scores ({bias.name}, {term.name})"
         else:
@@ -304,9 +301,10 @@ def _ungrouped(graph: Graph, site: _Site) -> tuple[fx.Node, fx.Node]:
 
 
 def _before_repeat(graph: Graph, x: fx.Node) -> fx.Node:
-    best, node, heads = x, x, int(x.meta["val"].shape[1])
+    best, heads = x, int(x.meta["val"].shape[1])
+    node: Any = x
     while isinstance(node, fx.Node) and node.target in _GROUPED:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
         before, after = node.meta["val"].shape, x.meta["val"].shape
         alike = len(before) == 4 and same_shape((before[0], *before[2:]), (after[0], *after[2:]))
         if alike and int(before[1]) < heads and heads % int(before[1]) == 0 and _repeats_in_order(graph, node, x):
@@ -325,10 +323,11 @@ def _repeats_in_order(graph: Graph, source: fx.Node, result: fx.Node) -> bool:
 
 def _unscaled(graph: Graph, x: fx.Node) -> tuple[fx.Node, float]:
     """(x without a factor, the factor) when layout ops that nobody else reads lead from the factor to x."""
-    chain, node = [], x
+    chain: list[fx.Node] = []
+    node: Any = x
     while isinstance(node, fx.Node) and node.target in (aten.reshape.default, aten.permute.default, aten.clone.default) and len(node.users) <= 1:
         chain.append(node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     factor = _factor(graph, node)
     if factor is None or len(node.users) > 1 or not isinstance(factor[0], fx.Node) or factor[0].meta["val"].dtype != node.meta["val"].dtype:
         return x, 1.0

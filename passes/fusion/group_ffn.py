@@ -12,6 +12,7 @@ from ...ir.cost import op_name
 from ...ir.graph import Graph
 from ...ir.pattern import argument
 from ..rewrite import Context, GraphPass
+from .group_heads import why_not_on
 
 aten = torch.ops.aten
 
@@ -25,7 +26,7 @@ class GroupFFN(GraphPass):
     Before:  y = linear(act(linear(x, w1, b1)), w2, b2)
     After:   y = sum over i of linear(act(linear(x, w1[rows i], b1[rows i])), w2[:, columns i]), b2 added once
     The hidden layer of one group stays in the cache, and each group's activations get an 8-bit range of their own.
-    Declines a hidden layer that something else reads, computed weights, and widths that `groups` does not divide.
+    Declines targets other than CPUs, a hidden layer that something else reads, computed weights, and widths that `groups` does not divide.
     """
 
     groups: int = 2
@@ -35,11 +36,11 @@ class GroupFFN(GraphPass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         for down in graph.find(aten.linear.default):
-            act = down.args[0]
+            act: Any = down.args[0]
             up = act.args[0] if isinstance(act, fx.Node) and act.op == "call_function" and op_name(act) in ELEMENTWISE else None
             if not isinstance(up, fx.Node) or up.target is not aten.linear.default:
                 continue
-            if why := _why_not(graph, up, act, down, self.groups):
+            if why := why_not_on(context.target) or _why_not(graph, up, act, down, self.groups):
                 context.decline(down, why)
             else:
                 context.apply(down)

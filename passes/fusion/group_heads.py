@@ -23,7 +23,7 @@ class GroupHeads(GraphPass):
     After:   y = cat([multi_head_attention(linear(x, wq[rows i]), ..., heads=4) for i in groups])
     onnxruntime keeps the scores of all heads at once (batch * heads * tokens^2 floats, 6 MB for MiniLM at 8x128);
     a third of them stays in the cache. Measured on one Zen 4 core: 5 % of MiniLM int8 at 8x128, -3 % at 1x32.
-    Declines q, k, v that are not three linear layers read by this attention alone, grouped-query heads that do not
+    Declines targets other than CPUs, q, k, v that are not three linear layers read by this attention alone, grouped-query heads that do not
     divide, and a bias that differs by head.
     """
 
@@ -34,12 +34,17 @@ class GroupHeads(GraphPass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         for node in graph.find(rewright.multi_head_attention.default):
-            if why := _why_not(graph, node, self.heads_per_group):
+            if why := why_not_on(context.target) or _why_not(graph, node, self.heads_per_group):
                 context.decline(node, why)
             else:
                 context.apply(node)
                 _split(graph, node, self.heads_per_group)
         return graph
+
+
+def why_not_on(target: Any) -> str | None:
+    """Groups are for a cache that one core fills; elsewhere each is one more launch."""
+    return None if target is None or target.kind == "cpu" else f"on {target.name} every group costs another launch and no cache is gained"
 
 
 def _why_not(graph: Graph, node: fx.Node, size: int) -> str | None:

@@ -66,7 +66,12 @@ def _merge(graph: Graph, x: fx.Node, linears: list[fx.Node]) -> None:
     weight = graph.add_weight(f"{name}.weight", _concatenate, *weights, like=first)
     bias = None
     if any(b is not None for b in biases):
-        bias = graph.add_weight(f"{name}.bias", _Biases(tuple(None if b is not None else n for b, n in zip(biases, sizes))), *(str(b.target) for b in biases if b is not None), like=first)
+        bias = graph.add_weight(
+            f"{name}.bias",
+            _Biases(tuple(None if b is not None else n for b, n in zip(biases, sizes))),
+            *(str(b.target) for b in biases if b is not None),
+            like=first,
+        )
     wide = graph.insert(aten.linear.default, x, weight, bias, before=first)
     parts = graph.insert(aten.split_with_sizes.default, wide, sizes, -1, before=first)
     for node in (wide, parts):

@@ -38,7 +38,9 @@ class PackHeads(Rewrite):
         return None
 
     def rewrite(self, op: Builder, m: Match) -> Any:
-        return op.multi_head_attention(m.q, m.k, m.v, _by_head(m, 0).shape[1], _by_head(m, 1).shape[1], m.key_mask, m.causal, m.window, m.scale, m.softcap, m.bias)
+        return op.multi_head_attention(
+            m.q, m.k, m.v, _by_head(m, 0).shape[1], _by_head(m, 1).shape[1], m.key_mask, m.causal, m.window, m.scale, m.softcap, m.bias
+        )
 
 
 def _by_head(m: Match, operand: int) -> Any:

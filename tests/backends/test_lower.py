@@ -9,13 +9,14 @@ from operator import getitem
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from rewright.backends.kernel_ops import kernel_op
 from rewright.backends.lower import Lowered, lower
 from rewright.backends.table import KERNELS, Kernel, absent
 from rewright.backends.target import Target
 from rewright.ir.capture import capture
 from rewright.ir.graph import Graph
-from torch import Tensor, nn
 
 aten = torch.ops.aten
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rewright.backends import table
-from rewright.backends.table import BF16, F16, F32, KERNELS, Kernel, absent
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from rewright.backends import table
+from rewright.backends.table import BF16, F16, F32, KERNELS, Kernel, absent
 
 # the interpreter is silently wrong in bf16: only a GPU vouches for it
 RUNS = [(k, d) for k in KERNELS for d in k.dtypes if (k.backend, d) != ("triton", BF16)]

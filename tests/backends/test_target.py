@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from rewright.backends.target import SOURCES, TARGETS, Target, cpu_features, known_targets
 from rewright.ir.errors import InputFileError, UsageError
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from rewright.backends.table import KERNELS, Kernel, absent
 from rewright.backends.target import Target
-from torch import Tensor
 
 if reason := absent("triton"):
     pytest.skip(reason, allow_module_level=True)

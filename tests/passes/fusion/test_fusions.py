@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rewright.backends.target import Target
 from rewright.ir.cost import op_name
 from rewright.ir.graph import Graph
 from rewright.passes.pipeline import Outcome, Pipeline
@@ -89,6 +90,13 @@ def test_heads_are_grouped_and_the_groups_hold_all_weights() -> None:
 )
 def test_group_heads_declines_and_says_why(size: int, sentence: str) -> None:
     assert why(run(encoder(), example(), "pack-heads", ("group-heads", {"heads_per_group": size}))) == [sentence] * 2
+
+
+@pytest.mark.parametrize("name", ["group-heads", "group-ffn"])
+def test_groups_are_declined_where_there_is_no_cache_to_gain(name: str) -> None:
+    graph = capture(encoder(), (), example())
+    outcome = Pipeline([make_pass("pack-heads", {}), make_pass(name, {})], target=Target.load("h200"), verify=False).run(graph)
+    assert set(why(outcome)) == {"on h200 every group costs another launch and no cache is gained"}
 
 
 def test_group_heads_declines_merged_projections() -> None:
