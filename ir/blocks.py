@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from .graph import Graph
-from .pattern import argument, is_looked_through
+from .nodes import argument, is_looked_through
 
 aten = torch.ops.aten
 ours = torch.ops.rewright
@@ -278,7 +278,7 @@ def _ffn_block(down: fx.Node) -> FFNBlock | None:
     if activation is None or other is None or activation.target not in ACTIVATIONS:
         return None
     gate, up = _branch(activation.args[0]), _branch(other)
-    return None if gate is None or up is None or _past_casts(gate.args[0]) is not _past_casts(up.args[0]) else _block(up, gate, activation, down)  # type: ignore[arg-type]
+    return None if gate is None or up is None or _past_casts(gate.args[0]) is not _past_casts(up.args[0]) else _block(up, gate, activation, down)
 
 
 def _block(up: fx.Node, gate: fx.Node | None, activation: fx.Node, down: fx.Node) -> FFNBlock:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from .graph import Graph
-from .pattern import arguments
+from .nodes import arguments
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from .graph import Graph
-from .pattern import number, same_shape
+from .nodes import number, same_shape
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from .errors import PromiseBroken
 from .graph import Graph
-from .pattern import same_shape
+from .nodes import same_shape
 
 Run = Callable[[tuple[Tensor, ...]], Sequence[Any]]
 """Flat inputs -> flat outputs."""

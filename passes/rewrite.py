@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from ..ir.errors import PromiseBroken
 from ..ir.graph import Graph
-from ..ir.pattern import Match, Miss, Pattern, is_looked_through, overloads, same_shape
+from ..ir.nodes import is_looked_through, same_shape
+from ..ir.pattern import Match, Miss, Pattern, overloads
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from ..ir.pattern import Miss, Pattern
 from ..ir.save import load_graph, save_graph
 from ..ir.verify import Drift, compare, example_inputs
 from ..passes import find_pass
-from ..passes.pipeline import Culprit, Outcome, Pipeline, Record
-from ..passes.pipeline import bisect as _bisect
+from ..passes.bisect import Culprit
+from ..passes.bisect import bisect as _bisect
+from ..passes.pipeline import Outcome, Pipeline, Record
 from ..passes.recipe import Recipe, make_pass
 from ..passes.rewrite import Declined, Pass, Rewrite, near_misses
 from .models import Flat, Loaded, as_flat, load_model, random_inputs

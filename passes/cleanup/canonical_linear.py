@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ir.graph import Graph
-from ...ir.pattern import argument, same_shape
+from ...ir.nodes import argument, same_shape
 from ..rewrite import Builder, Context, GraphPass
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ...ir.graph import Graph
-from ...ir.pattern import argument
+from ...ir.nodes import argument
 from ..rewrite import Context, GraphPass
 
 aten = torch.ops.aten

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...ir.graph import Graph
-from ...ir.pattern import no_op_source
+from ...ir.nodes import no_op_source
 from ..rewrite import Context, GraphPass
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from ...ir.graph import Graph
 from ...ir.masks import Evaluator, Mask, Unproven, name_mask
-from ...ir.pattern import argument, is_looked_through, number, same_shape
+from ...ir.nodes import argument, is_looked_through, number, same_shape
 from ..rewrite import Builder, Context, GraphPass
 
 aten = torch.ops.aten

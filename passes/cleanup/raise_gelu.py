@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir.pattern import Match, same_shape
+from ...ir.nodes import same_shape
+from ...ir.pattern import Match
 from ..rewrite import Builder, Rewrite
 
 aten = torch.ops.aten

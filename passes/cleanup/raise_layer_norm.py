@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from ...ir.graph import Graph
-from ...ir.pattern import Match, number, same_shape
+from ...ir.nodes import number, same_shape
+from ...ir.pattern import Match
 from ..rewrite import Builder, Context, GraphPass, Rewrite
 
 aten = torch.ops.aten

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ...ir.pattern import Match, same_shape
+from ...ir.nodes import same_shape
+from ...ir.pattern import Match
 from ...ir.show import dim_names, kind
 from ..rewrite import Builder, Rewrite
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ...ir.cost import op_name
 from ...ir.graph import Graph
-from ...ir.pattern import argument
+from ...ir.nodes import argument
 from ..rewrite import Context, GraphPass
 from .group_heads import why_not_on
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ir.graph import Graph
-from ...ir.pattern import argument, arguments
+from ...ir.nodes import argument, arguments
 from ..rewrite import Context, GraphPass
 
 aten, rewright = torch.ops.aten, torch.ops.rewright

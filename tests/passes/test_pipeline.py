@@ -18,8 +18,9 @@ from rewright.ir.graph import Graph
 from rewright.ir.pattern import Match
 from rewright.ir.verify import Drift
 from rewright.passes import find_pass
+from rewright.passes.bisect import bisect
 from rewright.passes.cleanup import CANONICAL
-from rewright.passes.pipeline import Budget, Pipeline, Record, bisect
+from rewright.passes.pipeline import Budget, Pipeline, Record
 from rewright.passes.quantization.quantize_linear import QuantizeLinear
 from rewright.passes.rewrite import Builder, Context, GraphPass, Rewrite
 

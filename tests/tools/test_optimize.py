@@ -22,7 +22,14 @@ def result() -> rw.Result:
 
 
 def test_the_shipped_recipe_runs_and_the_module_keeps_the_calls_signature(result) -> None:
-    assert [r.name for r in result.records if not r.canonical] == ["fuse-add-layer-norm", "pack-heads", "group-heads", "gelu-to-silu", "group-ffn", "quantize-linear"]
+    assert [r.name for r in result.records if not r.canonical] == [
+        "fuse-add-layer-norm",
+        "pack-heads",
+        "group-heads",
+        "gelu-to-silu",
+        "group-ffn",
+        "quantize-linear",
+    ]
     assert not result.outcome.undone
     inputs = example()
     assert torch.equal(result.module(**inputs), result.module(inputs["input_ids"], inputs["attention_mask"]))

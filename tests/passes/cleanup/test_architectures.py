@@ -83,7 +83,7 @@ def family(request: pytest.FixtureRequest, canonical: Callable):
 
 
 def _said(node) -> str:
-    from rewright.ir.pattern import arguments
+    from rewright.ir.nodes import arguments
 
     facts = arguments(node)
     kind = "causal" if facts["causal"] else "bidirectional" if facts["key_mask"] is not None else "all"

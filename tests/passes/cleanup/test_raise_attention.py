@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewright.ir.pattern import arguments
+from rewright.ir.nodes import arguments
 
 B, S, H, D = 3, 11, 4, 8
 
