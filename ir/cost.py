@@ -66,8 +66,10 @@ def node_costs(graph: Graph, sizes: Mapping[str, int] | None = None) -> Iterator
             continue
         written = sum(_numel(t, size) * t.element_size() for t in results)
         read = sum(_numel(t, size) * t.element_size() for n in node.all_input_nodes for t in _tensors(n.meta.get("val")))
-        if name == "embedding":  # reads the rows it returns, not the table
-            read = written + _numel(node.all_input_nodes[1].meta["val"], size) * 8
+        if name.startswith("embedding"):  # reads the rows it returns, not the table
+            given = arguments(node)
+            table, ids = (given[new if new in given else old].meta["val"] for new, old in (("w", "weight"), ("ids", "indices")))
+            read = _numel(results[0], size) * table.element_size() + _numel(ids, size) * ids.element_size()
         weights = sum(graph.weight(n).nbytes for n in node.all_input_nodes if graph.is_weight(n))
         dtype = torch.int8 if name.startswith("linear_int8") else results[0].dtype
         yield NodeCost(node.name, name, node.meta.get("path", ""), dtype, Cost(read + written, _flops(node, name, results, size), 1), weights)

@@ -29,6 +29,7 @@ PASSES = {
     "group-ffn": "fusion.group_ffn:GroupFFN",
     "merge-linears": "fusion.merge_linears:MergeLinears",
     "gelu-to-silu": "approximation.gelu_to_silu:GELUToSiLU",
+    "quantize-embedding": "quantization.quantize_embedding:QuantizeEmbedding",
     "quantize-linear": "quantization.quantize_linear:QuantizeLinear",
 }
 
