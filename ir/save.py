@@ -178,13 +178,6 @@ def _encode_weights(graph: Graph) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return described, held
 
 
-def _memory(tensor: Tensor) -> Any:
-    """Equal for two weights that are the same tensor, or the same view of the same memory."""
-    if tensor.is_meta or not tensor.numel():
-        return id(tensor)
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, type(tensor)
-
-
 def _load_weights(described: Mapping[str, Any], folder: Path) -> nn.Module:
     root = nn.Module()
     tensors: dict[str, Tensor] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ class Loaded:
     """Flat inputs: the example first, then calibration batches."""
     module: nn.Module | None = None
     zoo: ZooModel | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def load_model(spec: str, inputs: str | None = None) -> Loaded:
@@ -54,7 +53,7 @@ def load_model(spec: str, inputs: str | None = None) -> Loaded:
 
 def _capture(name: str, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], zoo: ZooModel | None = None, batches: Iterable[Any] = ()) -> Loaded:
     graph = capture(module, args, kwargs)
-    return Loaded(name, graph, [graph.flat_inputs(args, kwargs), *(as_flat(graph, b) for b in batches)], module, zoo, dict(kwargs))
+    return Loaded(name, graph, [graph.flat_inputs(args, kwargs), *(as_flat(graph, b) for b in batches)], module, zoo)
 
 
 def as_flat(graph: Graph, batch: Any) -> Flat:
