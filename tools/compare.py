@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends.onnx.session import Session
 from ..ir.errors import UsageError
 from ..ir.graph import Graph
-from ..ir.verify import Drift, compare, example_inputs
+from ..ir.verify import Drift, compare, example_inputs, padding_mask
 from .bench import alternate
 from .models import Flat, Loaded, check_onnx, load_model
 
@@ -36,7 +36,7 @@ def compare_models(a: str, b: str, inputs: str | None) -> Drift:
         flats = [_onnx_inputs(Path(a), {"batch": n, "sequence": m}) for n, m in ((2, 16), (1, 7), (3, 24))]
     else:
         flats = list(example_inputs(loaded.graph, loaded.inputs[0])) + loaded.inputs[1:3]
-    return compare(run_a, run_b, flats)
+    return compare(run_a, run_b, flats) if loaded is None else compare(run_a, run_b, flats, padding_mask(loaded.graph))
 
 
 def bench_models(specs: list[str], shapes: str, inputs: str | None, threads: int, rounds: int) -> dict[str, Any]:
