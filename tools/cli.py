@@ -100,14 +100,14 @@ def inspect(
     model: Model, inputs: Inputs = None, text: Annotated[bool, typer.Option("--text", help="Print the whole program as Python.")] = False, as_json: Json = False
 ) -> None:
     """What MODEL is: inputs, blocks, ops, weights; what was not understood."""
-    from . import present
+    from . import facts
 
     if model.endswith(".onnx"):
-        facts = present.onnx_facts(Path(model))
-        return _print(facts, as_json, lambda: present.facts(facts))
+        found = facts.onnx_facts(Path(model))
+        return _print(found, as_json, lambda: facts.aligned(found))
     graph = _canonical(model, inputs)
-    facts = present.graph_facts(graph, model)
-    _print(facts, as_json, lambda: present.facts(facts))
+    found = facts.graph_facts(graph, model)
+    _print(found, as_json, lambda: facts.aligned(found))
     if text and not as_json:
         from ..ir.show import show
 
@@ -149,7 +149,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Run two models (a .onnx file may be one) on the same inputs at several shapes; exit code 4 if they differ by more than allowed."""
-    from . import present
+    from . import facts
     from .compare import compare_models
 
     found = compare_models(a, b, inputs)
@@ -158,7 +158,7 @@ def verify(
     if not ok:
         found_text = f"cosine {found.cosine:.5f}, relative error {found.relative_error:.2g}"
         payload["error"] = {"code": "promise-broken", "message": f"{found_text}: more than allowed (min cosine {min_cosine}, max error {max_error})"}
-    _print(payload, as_json, lambda: present.facts(payload))
+    _print(payload, as_json, lambda: facts.aligned(payload))
     if not ok:
         raise typer.Exit(4)
 
@@ -239,40 +239,40 @@ def export(
 @app.command()
 def passes(as_json: Json = False) -> None:
     """All passes with their options and what each rewrites."""
-    from . import present
+    from . import facts
 
-    rows = present.pass_rows()
-    _print({"passes": rows}, as_json, lambda: present.passes(rows))
+    rows = facts.pass_rows()
+    _print({"passes": rows}, as_json, lambda: facts.passes(rows))
 
 
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe, to copy and edit.")] = None, as_json: Json = False) -> None:
     """Shipped recipes; with a NAME its text (`rewright recipes NAME > my.toml`)."""
-    from . import present
+    from . import facts
 
     if name is not None:
-        text = present.recipe_text(name)
+        text = facts.recipe_text(name)
         return _print({"name": name, "toml": text}, as_json, lambda: print(text, end=""))
-    rows = present.recipe_rows()
-    _print({"recipes": rows}, as_json, lambda: present.named(rows))
+    rows = facts.recipe_rows()
+    _print({"recipes": rows}, as_json, lambda: facts.named(rows))
 
 
 @app.command()
 def targets(as_json: Json = False) -> None:
     """Hardware descriptions that come with rewright."""
-    from . import present
+    from . import facts
 
-    rows = present.target_rows()
-    _print({"targets": rows}, as_json, lambda: present.targets(rows))
+    rows = facts.target_rows()
+    _print({"targets": rows}, as_json, lambda: facts.targets(rows))
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What is installed, what this machine can run, and what is missing for the rest."""
-    from . import present
+    from . import facts
 
-    found = present.doctor_facts()
-    _print(found, as_json, lambda: present.facts(found))
+    found = facts.doctor_facts()
+    _print(found, as_json, lambda: facts.aligned(found))
 
 
 @app.command()

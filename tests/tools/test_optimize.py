@@ -28,6 +28,7 @@ def test_the_shipped_recipe_runs_and_the_module_keeps_the_calls_signature(result
         "group-heads",
         "gelu-to-silu",
         "group-ffn",
+        "quantize-embedding",
         "quantize-linear",
     ]
     assert not result.outcome.undone
