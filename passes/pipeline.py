@@ -275,7 +275,7 @@ class _Run:
 
     def _harm(self, graph: Graph) -> float:
         """How far a program strays from the original on the first inputs. Raises PromiseBroken when it does not run."""
-        found = compare(self.reference, lambda flat: _run_all(graph, [flat])[0], self.inputs[:2])
+        found = compare(self.reference, lambda flat: _run_all(graph, [flat])[0], self.inputs[:2], self.valid)
         return 1 - found.cosine + found.relative_error * 1e-3
 
 

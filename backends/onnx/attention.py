@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.onnx.ops import symbolic
 
@@ -25,7 +24,7 @@ def ort(
 ) -> Tensor:
     """q: [B, H, Q, D], k and v: [B, Hkv, K, D] -> [B, H, Q, Dv]."""
     shape = (*q.shape[:-1], v.shape[-1])
-    return _operator(q, k, v, q, k, {}, shape, key_mask, causal, window, scale, softcap, bias)
+    return _operator(q, k, v, {}, shape, key_mask, causal, window, scale, softcap, bias)
 
 
 def packed(
@@ -44,15 +43,13 @@ def packed(
     """q: [B, Q, H * D], k and v: [B, K, Hkv * D] -> [B, Q, H * Dv]."""
     counts = {"q_num_heads": heads, "kv_num_heads": kv_heads}
     shape = (*q.shape[:-1], heads * (v.shape[-1] // kv_heads))
-    return _operator(q, k, v, q, k, counts, shape, key_mask, causal, window, scale, softcap, bias)
+    return _operator(q, k, v, counts, shape, key_mask, causal, window, scale, softcap, bias)
 
 
 def _operator(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rows: Tensor,
-    columns: Tensor,
     attributes: dict,
     shape: tuple,
     key_mask: Tensor | None,
@@ -62,9 +59,9 @@ def _operator(
     softcap: float | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """rows, columns: tensors whose second-last axis counts queries and keys."""
+    """q, k, v by head or packed: the second-last axis counts queries and keys either way."""
     only_causal = causal and key_mask is None and window is None and bias is None
-    mask = None if only_causal else _additive(rows, columns, q.dtype, key_mask, causal, window, bias)
+    mask = None if only_causal else _additive(q, k, key_mask, causal, window, bias)
     attributes = {**attributes, "is_causal": int(only_causal)}
     if scale is not None:
         attributes["scale"] = scale
@@ -73,13 +70,11 @@ def _operator(
     return symbolic("::Attention", (q, k, v, mask) if mask is not None else (q, k, v), attributes, dtype=q.dtype, shape=shape)
 
 
-def _additive(
-    rows: Tensor, columns: Tensor, dtype: torch.dtype, key_mask: Tensor | None, causal: bool, window: int | None, bias: Tensor | None
-) -> Tensor | None:
+def _additive(q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool, window: int | None, bias: Tensor | None) -> Tensor | None:
     """What is added to the scores, [B, 1 or H, Q, K]: onnxruntime takes no mask that broadcasts over queries."""
-    visible = seen(rows, columns, key_mask, causal, window)
+    visible = seen(q, k, key_mask, causal, window)
     if visible is None:
         return bias
-    mask = (1.0 - visible.to(dtype)) * HIDDEN
+    mask = (1.0 - visible.to(q.dtype)) * HIDDEN
     mask = mask if bias is None else mask + bias
-    return mask.expand(rows.shape[0], mask.shape[1], rows.shape[-2], columns.shape[-2])
+    return mask.expand(q.shape[0], mask.shape[1], q.shape[-2], k.shape[-2])
