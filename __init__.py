@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .ir.errors import UsageError as UsageError
     from .ir.graph import Graph as Graph
     from .passes.pipeline import Pipeline as Pipeline
+    from .tools.calibration import calibration as calibration
+    from .tools.evaluate import evaluate as evaluate
     from .tools.optimize import Result as Result
     from .tools.optimize import bisect as bisect
     from .tools.optimize import capture as capture
@@ -36,6 +38,8 @@ PUBLIC = {
     "optimize": "tools.optimize:optimize",
     "load": "tools.optimize:load",
     "cost": "tools.optimize:cost",
+    "evaluate": "tools.evaluate:evaluate",
+    "calibration": "tools.calibration:calibration",
     "verify": "tools.optimize:verify",
     "diff": "tools.optimize:diff",
     "bisect": "tools.optimize:bisect",

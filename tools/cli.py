@@ -23,7 +23,7 @@ app = typer.Typer(
 
 WrongUsage: Any = typer.BadParameter.__bases__[0]  # click's UsageError, which some versions of typer bring along under another name
 
-Model = Annotated[str, typer.Argument(help=".pt2, saved result folder, hf:NAME_OR_FOLDER, timm:NAME, py:module:callable, zoo:minilm")]
+Model = Annotated[str, typer.Argument(help=".pt2, saved result folder, hf:NAME_OR_FOLDER, timm:NAME, py:module:callable, zoo:NAME")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Inputs = Annotated[str | None, typer.Option(help="Example inputs: an .npz file or 'name=int64[2,16],...'.")]
 RecipeName = Annotated[str | None, typer.Option("-r", "--recipe", help="Shipped recipe or .toml file.")]
@@ -41,7 +41,8 @@ def optimize(
     target: TargetName = None,
     inputs: Inputs = None,
     settings: Settings = None,
-    calibration: Annotated[str | None, typer.Option(help="More batches to judge lossy passes on: an .npz file with a leading batch axis.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="Batches of inputs: .npz (leading axis of batches), .jsonl or .txt.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="For calibration text: a tokenizer's folder or tokenizer.json.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Module path no lossy pass may touch.")] = None,
     profile: Annotated[str, typer.Option(help="ONNX operators: ort (com.microsoft where faster) or pure.")] = "ort",
     opset: Annotated[int | None, typer.Option(help="ONNX opset of an .onnx output; default 20, or 23 where the Attention operator helps.")] = None,
@@ -57,7 +58,7 @@ def optimize(
         _check_out(out)
     with present.progress() as bar:
         loaded = _load(model, inputs)
-        loaded.inputs += _more(loaded, calibration)
+        loaded.inputs += _more(loaded, calibration, tokenizer)
         result = run(loaded, recipe=plan, target=target, verify=verify, ignore=ignore or (), progress=bar)
         written = _write(result, out, profile, opset) if out is not None else None
     payload = {
@@ -161,6 +162,27 @@ def verify(
     _print(payload, as_json, lambda: facts.aligned(payload))
     if not ok:
         raise typer.Exit(4)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Saved result folder, .onnx file or any MODEL.")],
+    on: Annotated[str | None, typer.Option(help="zoo:NAME or py:module:function; default: the zoo model it came from.")] = None,
+    against: Annotated[str | None, typer.Option(help="Another MODEL to agree with, on --data.")] = None,
+    data: Annotated[str | None, typer.Option(help="Inputs for --against: .npz, .jsonl or .txt.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="For text: a tokenizer's folder or tokenizer.json.")] = None,
+    backend: Annotated[str, typer.Option(help="torch, compile, onnx, or a target to lower for.")] = "torch",
+    most: Annotated[int | None, typer.Option(help="Only so many held-out items.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score MODEL on its own metric, or its agreement with another, each with a 95 % confidence interval."""
+    from . import present
+    from .calibration import calibration
+    from .evaluate import evaluate as run
+
+    batches = calibration(data, tokenizer=tokenizer) if data is not None else None
+    found = run(model, on, against, batches, backend, most)
+    _print(found.as_dict(), as_json, lambda: present.evaluation(found))
 
 
 @app.command()
@@ -312,12 +334,11 @@ def _load(model: str, inputs: str | None) -> Any:
     return load_model(model, inputs)
 
 
-def _more(loaded: Any, calibration: str | None) -> list[Any]:
-    if calibration is None:
-        return []
-    from .models import batches_from_npz
+def _more(loaded: Any, source: str | None, tokenizer: str | None) -> list[Any]:
+    from .calibration import calibration
+    from .models import as_flat
 
-    return batches_from_npz(loaded.graph, calibration)
+    return [] if source is None else [as_flat(loaded.graph, batch) for batch in calibration(source, tokenizer=tokenizer)]
 
 
 def _canonical(model: str, inputs: str | None) -> Any:

@@ -6,7 +6,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from ..ir.graph import Graph, quiet
 from .bench import Timing, alternate
 from .models import as_flat, load_model
 from .optimize import Result, optimize
-from .zoo import EmbeddingQuality, ZooModel, embed, embedding_quality
+from .score import Score
+from .zoo import ZooModel
+from .zoo.minilm import encode, judged_texts
 
 SHAPES = ((1, 32), (8, 128), (32, 64))
 BASELINE = "onnxruntime quantize_dynamic"
@@ -40,7 +42,7 @@ class Demo:
     """ONNX candidate -> (nodes, bytes on disk)."""
     timings: dict[str, dict[str, Timing]]
     """'8x128' -> candidate -> timing; ratios are to `BASELINE`."""
-    quality: dict[str, EmbeddingQuality]
+    quality: dict[str, list[Score]]
     conditions: dict[str, Any]
 
     @property
@@ -53,7 +55,7 @@ class Demo:
             "conditions": self.conditions,
             "sizes": {k: {"nodes": n, "bytes": b} for k, (n, b) in self.sizes.items()},
             "timings": {shape: {k: t.as_dict() for k, t in row.items()} for shape, row in self.timings.items()},
-            "quality": {k: asdict(q) for k, q in self.quality.items()},
+            "quality": {k: [score.as_dict() for score in q] for k, q in self.quality.items()},
             "captured_latency_ms": self.captured_ms,
             "passes": [r.as_dict() for r in self.result.records],
             "verification": self.result.verification,
@@ -90,7 +92,7 @@ def _demo(out: Path, quick: bool, progress: Callable[[str, int, int], None]) -> 
             """Median ms at 8x128 in onnxruntime, single thread."""
             path = Path(scratch) / "step.onnx"
             export(graph, path)
-            call, flat = Session(path), as_flat(graph, zoo.encode(zoo.texts[:8], 128))
+            call, flat = Session(path), as_flat(graph, encode(judged_texts("held_out")[:8], 128))
             return alternate({"step": lambda: call(flat)}, "step", rounds=5 if quick else 9)["step"].median_ms
 
         say("optimizing: every pass verified, then timed at 8x128")
@@ -111,17 +113,15 @@ def _demo(out: Path, quick: bool, progress: Callable[[str, int, int], None]) -> 
         timings = {}
         for batch, length in SHAPES:
             say(f"timing {batch}x{length}")
-            inputs = zoo.encode(zoo.texts[:batch], length)
+            inputs = encode(judged_texts("held_out")[:batch], length)
             with torch.inference_mode():
                 timings[f"{batch}x{length}"] = alternate(
                     {n: (lambda run=run, inputs=inputs: run(inputs)) for n, run in runs.items()}, BASELINE, rounds=7 if quick else 21
                 )
         say("embedding real text")
-        texts = zoo.texts[: 128 if quick else 512]
-        original = embed(runs[EAGER], zoo, texts)
-        quality = {name: embedding_quality(original, embed(runs[name], zoo, texts)) for name in (FP32, BASELINE, OURS)}
+        quality = {name: zoo.judge(runs[name], 128 if quick else None) for name in (FP32, BASELINE, OURS)}
     say("done")
-    return Demo(result, captured_ms, exported, sizes, timings, quality, conditions(len(texts)))
+    return Demo(result, captured_ms, exported, sizes, timings, quality, conditions())
 
 
 def baselines(zoo: ZooModel, folder: Path) -> tuple[Path, Path]:
@@ -155,7 +155,7 @@ def _size(path: Path) -> tuple[int, int]:
     return sum(1 for _ in onnx_ir.load(path).graph), path.stat().st_size
 
 
-def conditions(texts: int) -> dict[str, Any]:
+def conditions() -> dict[str, Any]:
     """What the numbers were measured with."""
     import onnxruntime
 
@@ -172,5 +172,4 @@ def conditions(texts: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
         "python": platform.python_version(),
-        "texts": f"{texts} standard-library docstrings",
     }

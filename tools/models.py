@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..ir.capture import capture
 from ..ir.errors import InputFileError, UsageError, near
-from ..ir.graph import Graph
-from .zoo import ZooModel, load_zoo, offline
+from ..ir.graph import Graph, quiet
+from .score import Run
+from .zoo import ZOO, ZooModel, load_zoo, offline
 
 Flat = tuple[Tensor, ...]
 
@@ -63,6 +65,32 @@ def as_flat(graph: Graph, batch: Any) -> Flat:
     return graph.flat_inputs(tuple(batch) if isinstance(batch, list | tuple) else (batch,))
 
 
+def runner_of(module: Any) -> Run:
+    """What a judge runs: a batch of named inputs -> the module's first output."""
+
+    def run(batch: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad(), quiet():
+            return next(x for x in pytree.tree_leaves(module(**batch)) if isinstance(x, Tensor))
+
+    return run
+
+
+def own_metric(loaded: Loaded) -> Callable[[nn.Module], float] | None:
+    """A zoo model's own metric on its calibration data, higher is better, for budgets; None for other models.
+
+    Not on held-out data: what a budget chose by must not be what the result is judged by.
+    """
+    if loaded.zoo is None:
+        return None
+    judge = loaded.zoo.judge
+
+    def metric(module: nn.Module) -> float:
+        score = judge(runner_of(module), split="calibration")[0]
+        return score.value if score.higher_is_better else -score.value
+
+    return metric
+
+
 def _from_file(spec: str, inputs: str | None) -> Loaded:
     path = Path(spec)
     if path.is_dir():
@@ -74,7 +102,8 @@ def _from_file(spec: str, inputs: str | None) -> Loaded:
         if looks_like_file:
             raise InputFileError(f"no file {spec}")
         raise UsageError(
-            f"{spec!r} is no model: give a .pt2 file, a saved result folder, hf:NAME, timm:NAME, py:module:callable or zoo:minilm.{near(spec, ('zoo:minilm',))}"
+            f"{spec!r} is no model: give a .pt2 file, a saved result folder, hf:NAME, timm:NAME, py:module:callable or "
+            f"zoo:NAME.{near(spec, [f'zoo:{n}' for n in ZOO])}"
         )
     elif path.suffix == ".pt2":
         graph = capture(path)
@@ -138,17 +167,6 @@ def _what_is(path: Path) -> str:
     return "a text file" if all(32 <= b < 127 or b in b"\t\n\r" for b in head) else "binary data of an unknown kind"
 
 
-def batches_from_npz(graph: Graph, path: str) -> list[Flat]:
-    """Calibration batches from an .npz: arrays named like the inputs, each with a leading axis of batches."""
-    if not path.endswith(".npz"):
-        raise UsageError(f"calibration data must be an .npz file, got {path}")
-    arrays = _given(path)
-    if missing := [n for n in graph.call.names if n not in arrays]:
-        raise InputFileError(f"{path} lacks {', '.join(missing)}; it has {', '.join(arrays)}")
-    count = min(len(arrays[n]) for n in graph.call.names)
-    return [tuple(arrays[n][i] for n in graph.call.names) for i in range(count)]
-
-
 _INPUT = re.compile(r"(?P<name>\w+)=(?P<dtype>\w+)\[(?P<shape>[\d,\s]*)\]")
 
 
@@ -205,7 +223,7 @@ def _timm(name: str, inputs: str | None) -> tuple[nn.Module, tuple, dict[str, An
     except ImportError as error:
         raise UsageError("timm: models need the package timm") from error
     try:
-        model = timm.create_model(name, pretrained=False).eval()
+        model: Any = timm.create_model(name, pretrained=False).eval()
     except RuntimeError as error:
         raise UsageError(f"timm has no model {name!r}") from error
     given = tuple(_given(inputs).values())

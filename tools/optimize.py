@@ -32,7 +32,8 @@ from ..passes.bisect import bisect as _bisect
 from ..passes.pipeline import Outcome, Pipeline, Record
 from ..passes.recipe import Recipe, make_pass
 from ..passes.rewrite import Declined, Pass, Rewrite, near_misses
-from .models import Flat, Loaded, as_flat, load_model, random_inputs
+from .calibration import calibration as _calibration
+from .models import Flat, Loaded, as_flat, load_model, own_metric, random_inputs
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,6 +49,8 @@ class Result:
     outcome: Outcome
     recipe: Recipe
     inputs: list[Flat] = field(default_factory=list)
+    name: str = ""
+    """What it was made of, such as "zoo:minilm"; `evaluate` takes its metric from there."""
 
     @property
     def module(self) -> torch.fx.GraphModule:
@@ -81,7 +84,13 @@ class Result:
             temporary.mkdir()
             save_graph(self.graph, temporary)
             (temporary / "recipe.resolved.toml").write_text(self.recipe.to_toml(), encoding="utf8")
-            manifest = {"rewright": __version__, "torch": torch.__version__, "verification": self.verification, "passes": [r.as_dict() for r in self.records]}
+            manifest = {
+                "rewright": __version__,
+                "torch": torch.__version__,
+                "model": self.name,
+                "verification": self.verification,
+                "passes": [r.as_dict() for r in self.records],
+            }
             manifest["files"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1, default=str), encoding="utf8")
         return folder
@@ -102,7 +111,7 @@ class Result:
     def export(self, path: str | Path, profile: Profile = "ort", opset: int | None = None) -> Exported:
         """Write an ONNX file, checked in onnxruntime at several shapes before it gets its name."""
         check_writable(Path(path))
-        return export(self.graph, path, self.inputs[:1], profile, opset)
+        return export(self.graph, path, self.inputs[:1], profile, opset, metadata={"rewright.model": self.name} if self.name else {})
 
 
 def capture(model: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Mapping[str, Any] | None = None) -> Graph:
@@ -114,7 +123,7 @@ def optimize(
     model: nn.Module | Graph | Loaded | str | Path,
     example_inputs: Any = None,
     recipe: str | Path | Recipe | Sequence[Pass] = "encoder-int8",
-    calibration: Iterable[Any] = (),
+    calibration: Iterable[Any] | str | Path = (),
     target: str | None = None,
     metric: Callable[[nn.Module], float] | None = None,
     verify: bool = True,
@@ -125,16 +134,19 @@ def optimize(
     """Rewrite a model by a recipe, every pass verified.
 
     example_inputs: dict of keyword arguments, tuple of positional ones, or one tensor (not needed for zoo: and files).
-    recipe: shipped name, TOML path, Recipe, or a list of passes. calibration: batches like example_inputs; lossy passes
-    are judged on the last quarter of them. target: overrides the recipe's. metric: module -> number, higher is better.
+    recipe: shipped name, TOML path, Recipe, or a list of passes. calibration: batches like example_inputs, or a file (see
+    `calibration` for what else); lossy passes are judged on the last quarter of them. target: overrides the recipe's.
+    metric: module -> number, higher is better (a zoo model has its own, on its calibration data).
     ignore: module paths no lossy pass touches. latency: graph -> milliseconds, recorded after every pass that changed something.
     Raises RecipeError, InputFileError, CaptureError, PromiseBroken (a required pass matched nothing).
     """
     plan = as_recipe(recipe)
     loaded = _loaded(model, example_inputs)
-    batches = [as_flat(loaded.graph, b) for b in calibration] or loaded.inputs[1:]
+    batches = [as_flat(loaded.graph, b) for b in _calibration(calibration)] or loaded.inputs[1:]
     held_out = batches[-max(1, len(batches) // 4) :] if batches else []
     machine = Target.load(target or plan.target)
+    if plan.budget.max_metric_drop is not None and metric is None and (metric := own_metric(loaded)) is None:
+        raise UsageError("the budget max_metric_drop needs metric=, a function of the module (higher is better): only zoo models have one of their own")
     pipeline = Pipeline(
         plan.passes,
         machine,
@@ -148,7 +160,7 @@ def optimize(
         progress=progress,
     )
     inputs = [*loaded.inputs[:1], *held_out[:4]]
-    return Result(pipeline.run(loaded.graph, inputs), plan, inputs)
+    return Result(pipeline.run(loaded.graph, inputs), plan, inputs, loaded.name)
 
 
 def plan(model: Any, example_inputs: Any = None, recipe: Any = "encoder-int8", target: str | None = None) -> Result:
@@ -191,7 +203,7 @@ def load(folder: str | Path) -> Result:
         raise InputFileError(f"{folder} is not a saved result: {error}") from error
     graph = load_graph(folder)
     records = [Record(**{**r, "declined": [Declined(**d) for d in r["declined"]]}) for r in manifest["passes"]]
-    return Result(Outcome(graph, graph, records, recipe.passes, []), recipe)
+    return Result(Outcome(graph, graph, records, recipe.passes, []), recipe, name=str(manifest.get("model", "")))
 
 
 def cost(graph: Graph, target: str | Target = "cpu", sizes: Mapping[str, int] | None = None) -> list[tuple[NodeCost, float, str]]:

@@ -191,21 +191,20 @@ def demo(found: Any) -> None:
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
-    for name in ("nodes", "file", *(f"{s} ms" for s in found.timings), *(f"{s} ratio" for s in found.timings), "cosine", "neighbours"):
+    for name in ("nodes", "file", *(f"{s} ms" for s in found.timings), *(f"{s} ratio" for s in found.timings), *(q.name for q in _shown(found.quality[OURS]))):
         table.add_column(name, justify="right")
     for name in next(iter(found.timings.values())):
         nodes, size = found.sizes.get(name, (None, None))
-        quality = found.quality.get(name)
+        quality = found.quality.get(name, [])
         rows = [row[name] for row in found.timings.values()]
         cells = [str(nodes or ""), megabytes(size) if size else ""]
         cells += [f"{t.median_ms:.1f} [{t.low_ms:.1f}-{t.high_ms:.1f}]" for t in rows]
         cells += [f"{t.ratio:.3f}" for t in rows]
-        cells += [f"{quality.mean_cosine:.4f}", f"{quality.neighbour_agreement:.3f}"] if quality else ["", ""]
+        cells += [f"{q.value:.4f} ±{(q.high - q.low) / 2:.4f}" for q in _shown(quality)]
         table.add_row(name, *cells, style="bold" if name == OURS else None)
     console.print(table)
-    console.print(
-        f"ms: median [quartiles]; ratio: to {BASELINE}, median of paired rounds; cosine and nearest-neighbour agreement with torch fp32 on {c['texts']}\n"
-    )
+    on = " and ".join(dict.fromkeys(q.on for q in found.quality[OURS]))
+    console.print(f"ms: median [quartiles]; ratio: to {BASELINE}, median of paired rounds; quality against torch fp32 on {on}, ± half the 95 % interval\n")
     console.print(_passes_table(found.result.records, found.captured_ms))
     declined(found.result.records)
     e = found.exported
@@ -213,6 +212,23 @@ def demo(found: Any) -> None:
         f"\nwrote {e.path}: {e.nodes} nodes, {megabytes(e.bytes)}, opset {e.opset}, profile {e.profile}; "
         f"onnxruntime against the graph: cosine {e.parity.cosine:.5f} over {e.parity.inputs} input sizes"
     )
+
+
+def _shown(quality: list[Any]) -> list[Any]:
+    """The scores a wide table has room for."""
+    return [q for q in quality if q.name in ("cosine", "nearest neighbour", "MRR change")]
+
+
+def evaluation(found: Any) -> None:
+    """`evaluate` for a person."""
+    console.print(f"{found.model} in {found.backend}, judged on {found.on}, {found.seconds:.1f} s")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("metric", "value", "95 % interval", "on"):
+        table.add_column(name, justify="right" if name == "value" else "left")
+    for score in found.scores:
+        interval = f"{score.low:.4f} to {score.high:.4f}" if score.low == score.low else "not given"  # NaN: the user's own number
+        table.add_row(score.name, f"{score.value:.4f}", interval, score.on)
+    console.print(table)
 
 
 def timings(found: dict[str, Any]) -> None:

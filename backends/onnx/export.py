@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -48,7 +48,13 @@ class Exported:
 
 
 def export(
-    graph: Graph, path: Path | str, inputs: Sequence[tuple[Tensor, ...]] = (), profile: Profile = "ort", opset: int | None = None, max_error: float = 1e-3
+    graph: Graph,
+    path: Path | str,
+    inputs: Sequence[tuple[Tensor, ...]] = (),
+    profile: Profile = "ort",
+    opset: int | None = None,
+    max_error: float = 1e-3,
+    metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Write `path` (and `path.data` when the weights exceed 1.8 GB).
 
@@ -58,6 +64,7 @@ def export(
     profile: "ort" uses the forms measured fastest in onnxruntime, "pure" decomposes all but quantized layers, for other runtimes.
     opset: default 20, or 23 in the "ort" profile where that brings the Attention operator (not with RoPE: from 23 on the
     exporter makes RotaryEmbedding nodes of it that onnxruntime refuses at batch > 1; specs/capture_ir.md 5).
+    metadata: properties to write into the file.
     Raises PromiseBroken when onnxruntime disagrees, UsageError for a graph without weights; the old file then stays.
     """
     path = Path(path)
@@ -65,6 +72,7 @@ def export(
         raise UsageError("the graph was captured without weights (meta device); fill it with Graph.materialize before export")
     opset = default_opset(graph, profile) if opset is None else opset
     model = to_onnx_ir(graph, profile, opset)
+    model.metadata_props.update(metadata or {})
     data = f"{path.name}.data"
     with replacing(path, data) as temporary:
         _save(model, temporary, data if graph.weight_bytes() > EXTERNAL_BYTES else None)
