@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q
 export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test check slow clean
+.PHONY: demo test check slow matrix clean
 
 demo: $(READY)
 	.venv/bin/python -m rewright demo
@@ -26,6 +26,10 @@ check: $(READY)
 slow: $(READY)
 	$(PYTEST) -m slow
 
+# Every architecture of tools/architectures.py, minutes; the result goes to benchmarks/matrix.json and matrix.txt.
+matrix: .venv/.matrix
+	OMP_NUM_THREADS=1 .venv/bin/python -m rewright matrix -o benchmarks/matrix.json
+
 clean:
 	rm -rf .venv .make .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -33,4 +37,10 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# timm asks for torchvision, whose wheel for this torch wants CUDA: hence --no-deps, and tools/torchvision_stand_in.py.
+.venv/.matrix: $(READY)
+	.venv/bin/python -m pip install --quiet -c constraints.txt requests importlib_metadata pillow
+	.venv/bin/python -m pip install --quiet -c constraints.txt --no-deps timm diffusers
 	touch $@

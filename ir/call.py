@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
@@ -103,6 +104,30 @@ class Call:
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
 
+@contextlib.contextmanager
+def named_in_signature(model: nn.Module, unnamed: list[str]) -> Iterator[None]:
+    """Arguments that the signature takes as **kwargs stand in it by name: torch.export takes no dynamic sizes for others."""
+    if not unnamed:
+        yield
+        return
+    original = model.forward
+    own = [p for p in inspect.signature(original).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in unnamed]
+    forward.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
+    before = vars(model).get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
 def _other_structure(captured: Captured, value: Any) -> str:
     if value is None:
         return f"argument {captured.name!r} is missing: it was part of the capture, so the graph needs it"
@@ -145,7 +170,15 @@ class CallCodeGen(CodeGen):
         return f"return _call.unflatten({(repr_fn or repr)(output_args)})"
 
     def process_inputs(self, *args: Any) -> Any:
-        return args
+        """torch.export interprets a GraphModule instead of calling it, with arguments in the order of `Call.captured`."""
+        flat = tuple(x for x in pytree.tree_leaves(args) if isinstance(x, Tensor))
+        if len(flat) != len(self.call.names):
+            raise UsageError(f"{len(flat)} tensors given, the graph takes {len(self.call.names)}: {', '.join(self.call.names)}")
+        return flat
+
+    def process_outputs(self, outputs: Any) -> Any:
+        """The original's output classes, which the interpreter would leave out."""
+        return self.call.unflatten(outputs)
 
     def __deepcopy__(self, memo: dict) -> CallCodeGen:
         return CallCodeGen(self.call)  # a Call never changes

@@ -14,9 +14,10 @@ from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from .call import SIMPLE, Call, CallCodeGen, Captured, Parameter
+from .call import SIMPLE, Call, CallCodeGen, Captured, Parameter, named_in_signature
 from .errors import CaptureError, InputFileError, UsageError
 from .graph import Dim, Graph, graph_module, quiet
+from .hooks import adopt_foreign_ops, hooks_in_place
 
 aten = torch.ops.aten
 
@@ -58,9 +59,18 @@ def capture(
     finally:
         model.train(training)
     graph = _to_graph(exported, parameters, given, names)
+    graph.ties = _ties(model)
     if training:
         graph.notes.append("the model was in training mode; it was captured in eval mode (dropout off, batch norm by running statistics)")
     return graph
+
+
+def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Name -> the other names of every weight that has several: the graph reads it by one of them, a checkpoint may hold another."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        names.setdefault(id(tensor), []).append(name)
+    return {name: tuple(n for n in same if n != name) for same in names.values() if len(same) > 1 for name in same}
 
 
 def load_pt2(path: Path) -> ExportedProgram:
@@ -83,7 +93,13 @@ def _bind(model: nn.Module, parameters: tuple[Parameter, ...], args: tuple, kwar
     known = {p.name for p in parameters}
     if not any(p.kind == "VAR_KEYWORD" for p in parameters) and (unknown := [k for k in given if k not in known]):
         raise UsageError(f"{type(model).__name__}.forward takes no {', '.join(unknown)}; it takes {', '.join(p.name for p in parameters)}")
+    order = [c.name for c in codegen.call.captured] if isinstance(codegen := _codegen(model), CallCodeGen) else []  # see CallCodeGen.process_inputs
+    given = {k: given[k] for k in (*(k for k in order if k in given), *(k for k in given if k not in order))}
     return {k: v for k, v in given.items() if v is not None}
+
+
+def _codegen(model: nn.Module) -> Any:
+    return model.graph._codegen if isinstance(model, fx.GraphModule) else None
 
 
 def _leaves(given: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
@@ -99,17 +115,24 @@ def _dim_names(given: Mapping[str, Any], dynamic_shapes: Mapping[str, Any] | Non
     if dynamic_shapes is not None and (unknown := [k for k in dynamic_shapes if k not in given]):
         raise UsageError(f"dynamic_shapes names {', '.join(unknown)}, which the example inputs don't have ({', '.join(given)})")
     names: DimNames = {}
+    sizes: dict[str, int] = {}
     for parameter, flat, leaf in _leaves(given):
         if not isinstance(leaf, Tensor):
             continue
         if dynamic_shapes is None:
-            axes = {0: "batch"} if leaf.dim() else {}
-            if leaf.dim() == 2 and not leaf.is_floating_point():
-                axes[1] = "sequence"
+            axes = {0: "batch" if leaf.shape[0] == sizes.get("batch", leaf.shape[0]) else f"{flat}_batch"} if leaf.dim() else {}
+            if leaf.dim() == 2 and not leaf.is_floating_point():  # a decoder's sequence has another length than the encoder's
+                axes[1] = "sequence" if leaf.shape[1] == sizes.get("sequence", leaf.shape[1]) else f"{flat}_sequence"
         else:
             spec = dynamic_shapes.get(parameter) or {}
             axes = dict(enumerate(spec)) if isinstance(spec, list | tuple) else dict(spec)
             axes = {axis: _dim_name(d, flat, axis) for axis, d in axes.items() if d is not None}
+        for axis, name in axes.items():
+            if sizes.setdefault(name, leaf.shape[axis]) != leaf.shape[axis]:
+                raise UsageError(
+                    f"axis {axis} of {flat} is called {name!r} and has size {leaf.shape[axis]}, another axis of that name {sizes[name]}: "
+                    "give them two names in dynamic_shapes, or examples of one size"
+                )
         names[flat] = axes
     return names
 
@@ -127,6 +150,7 @@ def _at_least_two(given: dict[str, Any], names: DimNames) -> dict[str, Any]:
     def widen(leaf: Any) -> Any:
         flat = next(flat_names)
         if isinstance(leaf, Tensor):
+            leaf = leaf.clone() if leaf._is_view() else leaf  # torch.export's guards ask after a view's base, which they can't reach
             for axis in names[flat]:
                 if leaf.shape[axis] == 1:
                     leaf = leaf.repeat_interleave(2, axis)
@@ -136,24 +160,18 @@ def _at_least_two(given: dict[str, Any], names: DimNames) -> dict[str, Any]:
 
 
 def _export(model: nn.Module, given: dict[str, Any], names: DimNames, parameters: tuple[Parameter, ...]) -> ExportedProgram:
-    var_keyword = next((p.name for p in parameters if p.kind == "VAR_KEYWORD"), None)
-    known = {p.name for p in parameters}
     flat_names = iter([flat for _, flat, _ in _leaves(given)])
 
     def spec(leaf: Any) -> Any:
         flat = next(flat_names)
         return dict.fromkeys(names[flat], ExportDim.AUTO) if isinstance(leaf, Tensor) else None
 
-    shapes: dict[str, Any] = {}
-    for name, value in given.items():
-        if name in known:
-            shapes[name] = pytree.tree_map(spec, value)
-        else:
-            shapes.setdefault(var_keyword or "kwargs", {})[name] = pytree.tree_map(spec, value)
+    shapes = {name: pytree.tree_map(spec, value) for name, value in given.items()}
     positional_only = tuple(given[p.name] for p in parameters if p.kind == "POSITIONAL_ONLY" and p.name in given)
     keyword = {k: v for k, v in given.items() if not any(p.name == k and p.kind == "POSITIONAL_ONLY" for p in parameters)}
+    unnamed = [name for name in given if all(p.name != name for p in parameters)]
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), hooks_in_place(), named_in_signature(model, unnamed):
             exported = torch.export.export(model, positional_only, keyword, dynamic_shapes=shapes, strict=False)
             return exported.run_decompositions({})
     except Exception as error:
@@ -221,6 +239,7 @@ def _to_graph(exported: ExportedProgram, parameters: tuple[Parameter, ...], give
         path = "" if path.startswith("_empty_nn_module_stack") else path
         node.meta = {"val": node.meta.get("val"), "path": path if node.op == "call_function" else str(node.target).rpartition(".")[0]}
     _forget_trace(module.graph)
+    adopt_foreign_ops(module.graph)
     leaves = _leaves(given)
     for placeholder, (_, _, leaf) in zip(list(module.graph.find_nodes(op="placeholder")), leaves, strict=True):
         if not isinstance(leaf, Tensor):
@@ -241,6 +260,7 @@ def _to_graph(exported: ExportedProgram, parameters: tuple[Parameter, ...], give
     graph = Graph(module, call, {})
     _name_inputs(graph)
     _propagate_with_our_dims(graph, names)
+    _without_copies(graph)
     graph.clean()
     return graph
 
@@ -254,6 +274,18 @@ def _forget_trace(graph: fx.Graph) -> None:
         elif node.op == "call_function":
             node.args = tuple(cpu if a == meta else a for a in node.args)
             node.kwargs = {k: cpu if v == meta else v for k, v in node.kwargs.items()}
+
+
+def _without_copies(graph: Graph) -> None:
+    """copy(x, y), what is left of an in-place `x.copy_(y)`, is y in x's shape and dtype; torch has no gradient for it."""
+    for node in graph.find(aten.copy.default):
+        x, y = node.args[:2]
+        have, want = y.meta["val"], x.meta["val"]  # type: ignore[union-attr]
+        value: Any = y if have.dtype == want.dtype else graph.insert(aten._to_copy.default, y, before=node, dtype=want.dtype)
+        if have.dim() != want.dim() or any(a != b for a, b in zip(have.shape, want.shape)):
+            sizes = [s if isinstance(s, int) else graph.insert(aten.sym_size.int, x, axis, before=node) for axis, s in enumerate(want.shape)]
+            value = graph.insert(aten.expand.default, value, sizes, before=node)
+        node.replace_all_uses_with(value)
 
 
 def _name_inputs(graph: Graph) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from . import ops as ops  # registers torch.ops.rewright
 from .call import Call, CallCodeGen
+
+_FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Graph:
     """Dim name -> the SymInt that stands for it in `meta["val"]`."""
     known: dict[tuple, Any] = field(default_factory=dict, repr=False)
     """What `infer` found for calls seen before: equal layers are inferred once. Shared by clones."""
+    ties: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    """Weight name -> the other names the original model has for the same weight: a checkpoint may know it by one of them only."""
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -130,11 +135,12 @@ class Graph:
 
     def _free_name(self, name: str) -> str:
         candidate, n = name, 1
-        while self._has(candidate):
+        while self.has_weight(candidate):
             candidate, n = f"{name}_{n}", n + 1
         return candidate
 
-    def _has(self, name: str) -> bool:
+    def has_weight(self, name: str) -> bool:
+        """Whether the graph holds a tensor (or has a module) of that name."""
         try:
             owner, leaf = owner_of(self.module, name)
         except AttributeError:
@@ -176,10 +182,13 @@ class Graph:
             target: Any = node.target
             with self.fake_mode, torch.no_grad():
                 try:
+                    _FAKE_LOG.disabled = True  # it would print the failure answered below
                     self.known[made_of] = target(*args, **kwargs)
                 except RuntimeError:  # baddbmm and others take symbolic sizes only through their Python decompositions, which are slow
                     with enable_python_dispatcher():
                         self.known[made_of] = target(*args, **kwargs)
+                finally:
+                    _FAKE_LOG.disabled = False
         node.meta["val"] = self.known[made_of]
         node.meta["inferred"] = node.meta["val"], made_of
 
@@ -225,7 +234,8 @@ class Graph:
         for name in (str(n.target) for n in copy.find_nodes(op="get_attr")):
             _share(self.module, twin, name)
         twin._graph, copy.owning_module = copy, twin
-        return Graph(twin, self.call, dict(self.dims), dict(self.recipes), list(self.notes), self.canonical, self.fake_mode, self.symbols, self.known)
+        shared = self.fake_mode, self.symbols, self.known, self.ties
+        return Graph(twin, self.call, dict(self.dims), dict(self.recipes), list(self.notes), self.canonical, *shared)
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -261,23 +271,33 @@ class Graph:
         return size
 
     def materialize(self, weights: Mapping[str, Tensor]) -> None:
-        """Fill a graph captured on the meta device: original weights by name, ours by their recipes. KeyError if one is missing."""
-        made: dict[str, Tensor] = {}
+        """Fill a graph captured on the meta device: original weights by name, ours by their recipes. KeyError if one is missing.
 
-        def value(name: str) -> Tensor:
-            if name not in made:
-                recipe = self.recipes.get(name)
-                made[name] = recipe.function(*(value(s) for s in recipe.sources)) if recipe else weights[name]
-            return made[name]
-
+        Holds all of them; `ir.stream` runs and rewrites without.
+        """
+        filled: dict[int, Tensor] = {}  # by the weight they replace, so that tied ones stay tied
         for name, old in self.weights().items():
             if old.is_meta:
                 owner, leaf = owner_of(self.module, name)
-                new = value(name).detach()
-                if isinstance(old, nn.Parameter):
-                    owner._parameters[leaf] = nn.Parameter(new, requires_grad=old.requires_grad)
-                else:
-                    owner._buffers[leaf] = new
+                if id(old) not in filled:
+                    new = self.weight_from(name, weights).detach()
+                    filled[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+                store: Any = owner._parameters if isinstance(old, nn.Parameter) else owner._buffers
+                store[leaf] = filled[id(old)]
+
+    def weight_from(self, name: str, weights: Mapping[str, Tensor]) -> Tensor:
+        """A weight's tensor: its own data, made by its recipe, or from `weights` by its name or one tied to it. KeyError if it is missing."""
+        own = self.weight(name) if self.has_weight(name) else None
+        if own is not None and not own.is_meta:
+            return own
+        if (recipe := self.recipes.get(name)) is not None:
+            with torch.no_grad():
+                return recipe.function(*(self.weight_from(s, weights).detach() for s in recipe.sources))
+        return weights[self.stored_name(name, weights)]
+
+    def stored_name(self, name: str, weights: Container[str]) -> str:
+        """The name by which `weights` has an original weight: its own, or one the original model tied to it."""
+        return name if name in weights else next((other for other in self.ties.get(name, ()) if other in weights), name)
 
 
 def _made_of(node: fx.Node) -> tuple:
@@ -317,7 +337,6 @@ def graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence torch's warnings about things we do on purpose."""
-    import logging
     import warnings
 
     logger = logging.getLogger("torch.export")

@@ -9,20 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .evaluate import LARGE, WIDTHS, Evaluator, op_name, operands, width_of
 from .graph import Graph
-from .nodes import number, same_shape
+from .nodes import same_shape
 
 aten = torch.ops.aten
 
 MASKED = -1e4
 """A term at or below this hides a key: exp(-10000) is 0 in every dtype. BERT wrote -10000, others the dtype's minimum or -inf."""
 
-_LARGE = 16
-"""Numbers from here on may be window widths. They are replaced by small ones, so that masks of thirty tokens show them."""
-
 _MOST_NODES = 400
-_WIDTHS = {"add", "sub", "rsub", "lt", "le", "gt", "ge", "eq", "ne", "tril", "triu", "clamp", "clamp_min", "clamp_max"}
-"""Ops whose number arguments may be window widths."""
 _ACTIVATIONS = {"linear", "matmul", "mm", "bmm", "addmm", "conv1d", "conv2d", "layer_norm", "rms_norm", "scaled_dot_product_attention", "attention"}
 
 
@@ -47,71 +43,6 @@ class Unproven:
 
     why: str
     additive: bool
-
-
-class Evaluator:
-    """Runs single nodes of a graph on the CPU at chosen sizes of its dynamic dims, with chosen values for some nodes.
-
-    widths: large numbers in the graph -> what to compute with instead.
-    """
-
-    def __init__(self, graph: Graph, sizes: dict[str, int], given: dict[fx.Node, Any], widths: dict[int, int] | None = None) -> None:
-        self.graph, self.given, self.widths = graph, dict(given), widths or {}
-        self._sizes = {graph.symbols[name].node.expr: size for name, size in sizes.items()}
-
-    def size(self, value: Any) -> int:
-        """An int for a size of the graph at the chosen sizes."""
-        return int(value.node.expr.subs(self._sizes)) if isinstance(value, torch.SymInt) else int(value)
-
-    def shape(self, node: fx.Node) -> list[int]:
-        """The shape a node has at the chosen sizes."""
-        return [self.size(s) for s in node.meta["val"].shape]
-
-    def run(self, node: fx.Node) -> Any:
-        """The value of a node. Raises whatever its ops raise at these sizes."""
-        stack = [node]
-        while stack:
-            top = stack[-1]
-            missing = [n for n in operands(top) if n not in self.given] if top not in self.given else []
-            if missing:
-                stack += missing
-                continue
-            if top not in self.given:
-                self.given[top] = self._call(top)
-            stack.pop()
-        return self.given[node]
-
-    def _call(self, node: fx.Node) -> Any:
-        if _is_size(node):
-            return self.size(node.meta["val"])
-        if node.op == "get_attr":
-            width = self.widths.get(_width(self.graph, node))  # type: ignore[arg-type]
-            value = self.graph.weight(node).detach().cpu()
-            return value if width is None else torch.full_like(value, width).copysign(value).to(value.dtype)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._operand)  # type: ignore[misc]
-        if _op(node) in _WIDTHS:
-            args = tuple(self._narrowed(a) for a in args)  # type: ignore[union-attr]
-        if kwargs.get("device") is not None:  # type: ignore[union-attr]
-            kwargs = {**kwargs, "device": torch.device("cpu")}  # type: ignore[dict-item]  # a meta or CUDA capture proves its masks on the CPU
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def _operand(self, node: fx.Node) -> Any:
-        if node in self.given:
-            return self.given[node]
-        return torch.empty(self.shape(node), dtype=node.meta["val"].dtype)  # only its shape matters: zeros_like, new_ones
-
-    def _narrowed(self, value: Any) -> Any:
-        if type(value) not in (int, float) or abs(value) not in self.widths:
-            return value
-        return type(value)(self.widths[abs(value)] * (1 if value > 0 else -1))
-
-
-def operands(node: fx.Node) -> list[fx.Node]:
-    """What must be known before a node can run: nothing for a size, which follows from the dims; no values where a shape is enough."""
-    if _is_size(node):
-        return []
-    like = _op(node).startswith("new_") or _op(node).endswith("_like")
-    return [n for n in node.all_input_nodes if not (like and n is node.args[0])]
 
 
 def name_mask(graph: Graph, mask: fx.Node, scores: tuple[Any, Any, Any], hides: bool = False) -> Mask | Unproven:
@@ -185,13 +116,13 @@ def _unreadable(graph: Graph, mask: fx.Node, nodes: list[fx.Node]) -> str | None
     if len(nodes) > _MOST_NODES:
         return f"the mask {mask.name} depends on more than {_MOST_NODES} nodes"
     for n in nodes:
-        if _op(n) in _ACTIVATIONS:
+        if op_name(n) in _ACTIVATIONS:
             return f"the mask {mask.name} depends on activations ({n.name})"
         if n.op == "placeholder" and n.meta["val"].dim() != 2:
             return f"the mask {mask.name} depends on the values of the input {n.target}"
         if n.op == "get_attr" and graph.weight(n).is_meta:
             return f"the mask {mask.name} depends on the weight {n.target}, which has no data"
-        if isinstance(n.meta["val"], torch.SymInt) and any(abs(int(c)) >= _LARGE for c in n.meta["val"].node.expr.atoms() if c.is_Integer):
+        if isinstance(n.meta["val"], torch.SymInt) and any(abs(int(c)) >= LARGE for c in n.meta["val"].node.expr.atoms() if c.is_Integer):
             return f"the mask {mask.name} depends on the size {n.meta['val']}"
     return None
 
@@ -208,15 +139,10 @@ def _slice_to_leaves(mask: fx.Node) -> list[fx.Node]:
 
 
 def _widths_in(graph: Graph, node: fx.Node) -> list[int]:
-    values: list[Any] = [_width(graph, node)] if node.op == "get_attr" else [a for a in node.args if type(a) in (int, float)] if _op(node) in _WIDTHS else []
-    return [int(abs(v)) for v in values if v is not None and _LARGE <= abs(v) < 1e7 and v == int(v)]
-
-
-def _width(graph: Graph, node: fx.Node) -> int | None:
-    """The large integer a constant of one element holds."""
-    if graph.weight(node).is_floating_point() or (value := number(graph, node)) is None:
-        return None
-    return abs(int(value)) if abs(value) >= _LARGE else None
+    values: list[Any] = (
+        [width_of(graph, node)] if node.op == "get_attr" else [a for a in node.args if type(a) in (int, float)] if op_name(node) in WIDTHS else []
+    )
+    return [int(abs(v)) for v in values if v is not None and LARGE <= abs(v) < 1e7 and v == int(v)]
 
 
 def _key_candidates(nodes: list[fx.Node], scores: tuple[Any, Any, Any]) -> list[fx.Node]:
@@ -226,7 +152,7 @@ def _key_candidates(nodes: list[fx.Node], scores: tuple[Any, Any, Any]) -> list[
 
 
 def _windows(widths: list[int]) -> list[tuple[int, int] | None]:
-    return [None, *((0, width) for width in range(1, _LARGE + 3)), *((w, offset) for w in widths for offset in (-1, 0, 1, 2))]
+    return [None, *((0, width) for width in range(1, LARGE + 3)), *((w, offset) for w in widths for offset in (-1, 0, 1, 2))]
 
 
 def _trials(graph: Graph, inputs: list[fx.Node], widths: list[int], any_integers: bool) -> Iterator[Evaluator]:
@@ -258,11 +184,3 @@ def _seen(term: Tensor) -> Tensor | None:
     """Which keys an added term leaves seen; None when it also takes values between."""
     hidden = term <= MASKED
     return None if bool(((term != 0) & ~hidden).any()) else ~hidden
-
-
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.SymInt | int)
-
-
-def _op(node: fx.Node) -> str:
-    return node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else ""

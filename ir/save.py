@@ -19,6 +19,7 @@ from .graph import Dim, Graph, graph_module, owner_of
 
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 FORMAT, VERSION = "rewright graph", 1
+_ALIGNMENT = 64  # bytes; on weights that lie askew, as in the mapped file, CPU kernels round otherwise and are slower
 
 
 def save_graph(graph: Graph, folder: Path) -> None:
@@ -220,7 +221,7 @@ class _Held:
         tensor = self.file.get_tensor(name)
         if list(tensor.shape) != shape or tensor.dtype != dtype:
             raise InputFileError(f"{self.path.name} has {name} as {tensor.dtype}{list(tensor.shape)}, the graph wants {dtype}{shape}")
-        return tensor
+        return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def _laid_out(tensor: Tensor, stride: list[int] | None) -> Tensor:

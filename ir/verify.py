@@ -250,7 +250,8 @@ class _Trace(fx.Interpreter):
 def example_inputs(graph: Graph, base: tuple[Tensor, ...], seed: int = 0) -> Iterator[tuple[Tensor, ...]]:
     """`base`, then the same inputs at batch 1 and at two other sizes, made by repeating, cutting and shuffling its values.
 
-    Only dynamic dims change. Values stay within what the base holds, so token ids stay legal and masks stay masks.
+    Only dynamic dims change. Values stay within what the base holds, so token ids stay legal and masks stay masks. Sizes
+    the graph itself can't take (an image smaller than a convolution's kernel, or no multiple of its patch) are left out, with a note.
     """
     yield base
     if not graph.dims:
@@ -268,7 +269,21 @@ def example_inputs(graph: Graph, base: tuple[Tensor, ...], seed: int = 0) -> Ite
         lambda d, n: 3 if d.name == "batch" else max(d.low, 2),
     ):
         sizes = {by_name[d.name]: min(choose(d, now[by_name[d.name]]), d.high or 1 << 30) for d in graph.dims.values() if by_name[d.name] in now}
-        yield tuple(_resize(tensor, node, sizes, generator) for node, tensor in zip(graph.inputs, base))
+        flat = tuple(_resize(tensor, node, sizes, generator) for node, tensor in zip(graph.inputs, base))
+        if graph.on_meta or all(sizes[d] == n for d, n in now.items() if d != by_name.get("batch")) or _runs(graph, flat):
+            yield flat
+
+
+def _runs(graph: Graph, flat: tuple[Tensor, ...]) -> bool:
+    try:
+        graph.run(flat)
+    except RuntimeError as error:
+        sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in zip(graph.call.names, flat))
+        note = f"it does not run on {sizes} ({str(error).splitlines()[0]}): not verified at such sizes"
+        if note not in graph.notes:
+            graph.notes.append(note)
+        return False
+    return True
 
 
 def _resize(tensor: Tensor, node: fx.Node, sizes: dict[Any, int], generator: torch.Generator) -> Tensor:

@@ -40,7 +40,7 @@ def bisect(original: Graph, passes: Sequence[Pass], inputs: Sequence[Flat], limi
     def prefix(n: int) -> Graph:
         graph = original.clone()
         for step in passes[:n]:
-            graph = step.run(graph, Context(**context))
+            graph = step.run(graph, _context(graph, step, context))
             graph.clean()
         return graph
 
@@ -58,3 +58,10 @@ def bisect(original: Graph, passes: Sequence[Pass], inputs: Sequence[Flat], limi
         if found := first_divergence(before, after, flat, limit):
             return Culprit(passes[low].name, low, *found)
     return Culprit(passes[low].name, low, "the outputs", "", float("nan"))
+
+
+def _context(graph: Graph, step: Pass, given: dict[str, Any]) -> Context:
+    context = Context(**given)
+    if step.requires and context.calibration is not None:
+        context.statistics = context.calibration.gather(graph, step.requests(graph))
+    return context

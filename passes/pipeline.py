@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..ir.cost import Cost, cost
-from ..ir.errors import PromiseBroken, RewrightError
+from ..ir.errors import PromiseBroken, RewrightError, UsageError
 from ..ir.graph import Graph
 from ..ir.verify import Drift, check_structure, compare, example_inputs, first_divergence, padding_mask, tolerance
 from .cleanup import CANONICAL
 from .rewrite import Context, Declined, Pass
+from .statistics import Calibration, Statistics
 
 Flat = tuple[Tensor, ...]
 
@@ -102,6 +103,8 @@ class Pipeline:
     target: a backends.target.Target handed to the passes; predict: seconds of a graph on it.
     require_match: names of passes for which matching nothing is an error.
     latency: milliseconds of a graph, measured; recorded after every pass that changed something.
+    calibration: inputs for the passes that require statistics. Those are gathered for all passes to come in one run, and
+      again for values that a pass in between has changed.
     """
 
     passes: Sequence[Pass]
@@ -114,6 +117,7 @@ class Pipeline:
     predict: Callable[[Graph], float] | None = None
     latency: Callable[[Graph], float] | None = None
     metric: Callable[[torch.nn.Module], float] | None = None
+    calibration: Calibration | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
     def run(self, graph: Graph, inputs: Sequence[Flat] = ()) -> Outcome:
@@ -122,6 +126,7 @@ class Pipeline:
         inputs: flat inputs to verify on; the first also at batch 1 and other sizes. Without any, or with weights on the
         meta device, only structure is verified and every record says so.
         Raises PromiseBroken when a required pass matches nothing; a broken promise is undone and recorded, not raised.
+        Raises UsageError when a pass needs statistics and there is no calibration.
         """
         with _old_objects_kept():
             return self._run(graph, inputs)
@@ -130,9 +135,12 @@ class Pipeline:
         run = _Run(self, graph.clone(), list(inputs))
         steps: list[tuple[Pass, bool]] = [] if graph.canonical else [(p(), True) for p in CANONICAL]
         steps += [(p, False) for p in self.passes]
+        if self.calibration is None and (needy := next((p for p, _ in steps if p.requires), None)):
+            kinds = ", ".join(sorted(needy.requires))
+            raise UsageError(f"{needy.name} needs statistics ({kinds}) and there is no calibration data; give some: calibration=Calibration(batches)")
         for i, (step, canonical) in enumerate(steps):
             self.progress(step.name, i, len(steps))
-            run.step(step, canonical)
+            run.step(step, canonical, [p for p, _ in steps[i:] if p.requires])
         self.progress("done", len(steps), len(steps))
         total = compare(run.reference, run.graph.run, run.inputs, run.valid) if run.inputs else None
         run.graph.canonical = True
@@ -149,6 +157,7 @@ class _Run:
         self.references = {id(flat): self.original.run(flat) for flat in self.inputs}
         self.outputs = dict(self.references)  # of the program so far
         self.valid = padding_mask(graph)
+        self.statistics: Statistics | None = None
         self.fingerprint = _fingerprint(graph)
         unmeasured = "structure only: no inputs or no weights to run on" if pipeline.verify else "not run"
         self.measured = Drift(inputs=len(self.inputs)).as_dict() if self.inputs else {"note": unmeasured}
@@ -158,10 +167,13 @@ class _Run:
     def reference(self, flat: Flat) -> tuple:
         return self.references[id(flat)]
 
-    def step(self, step: Pass, canonical: bool) -> None:
+    def step(self, step: Pass, canonical: bool, need_statistics: Sequence[Pass] = ()) -> None:
+        """Run one pass. need_statistics: it and those to come, as far as they need any: one run of the program serves all."""
         record = Record(step.name, options_of(step), step.exact, canonical=canonical)
         self.records.append(record)
         before, begin = self.graph, time.perf_counter()
+        if step.requires:
+            self._gather(need_statistics)
         after, context = self._attempt(step, record, self.pipeline.ignore)
         if after is before:
             record.measured = {k: v for k, v in self.measured.items() if k != "step_error"}
@@ -187,10 +199,14 @@ class _Run:
         if step.name in self.pipeline.require_match and not record.applied and not record.undone:
             raise PromiseBroken(_nothing_matched(step, context))
 
+    def _gather(self, need_statistics: Sequence[Pass]) -> None:
+        assert self.pipeline.calibration is not None  # run() checked it
+        self.statistics = self.pipeline.calibration.gather(self.graph, [r for p in need_statistics for r in p.requests(self.graph)])
+
     def _attempt(self, step: Pass, record: Record, ignore: tuple[str, ...]) -> tuple[Graph | None, Context]:
         """Run a pass on a clone; one that raises or leaves a malformed graph is undone, one that changed nothing gives the graph back."""
         p = self.pipeline
-        context = Context(p.target, p.predict, p.seed, ignore)
+        context = Context(p.target, p.predict, p.seed, ignore, statistics=self.statistics if step.requires else None, calibration=p.calibration)
         try:
             after = step.run(self.graph.draft(), context)
             if _fingerprint(after) == self.fingerprint:

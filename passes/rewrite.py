@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from ..ir.errors import PromiseBroken
 from ..ir.graph import Graph
 from ..ir.nodes import is_looked_through, same_shape
 from ..ir.pattern import Match, Miss, Pattern, overloads
+from .statistics import Calibration, Request, Statistics, linear_inputs
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Context:
     ignore: tuple[str, ...] = ()
     """Module paths (prefixes) no lossy pass may touch."""
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    statistics: Statistics | None = None
+    """What the pass requires, of the graph it is given."""
+    calibration: Calibration | None = None
+    """The calibration inputs (`batches`), and `gather` for statistics of a graph the pass is in the middle of editing."""
     applied: list[str] = field(default_factory=list)
     """Module path of every application, in order."""
     declined: list[Declined] = field(default_factory=list)
@@ -66,6 +71,12 @@ class Pass:
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     """True promises the same function: bit-equal, or within the fp tolerance of ir.verify."""
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """Kinds of statistics (passes.statistics.KINDS) the pass reads from `context.statistics`."""
+
+    def requests(self, graph: Graph) -> Sequence[Request]:
+        """Which values it requires them of: by default the inputs of all linears."""
+        return linear_inputs(graph, self.requires) if self.requires else []
 
     def run(self, graph: Graph, context: Context) -> Graph:
         """Edit the graph in place, log in `context`, return it."""

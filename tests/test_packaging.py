@@ -44,9 +44,8 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(wheel: Path) -> None:
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    expected = {
-        p.relative_to(ROOT).as_posix() for top in ("ir", "passes", "backends", "tools") for p in (ROOT / top).rglob("*") if p.suffix in (".py", ".toml")
-    }
+    tops = (p for top in ("ir", "passes", "backends", "tools") for p in (ROOT / top).rglob("*"))
+    expected = {p.relative_to(ROOT).as_posix() for p in tops if p.is_file() and "__pycache__" not in p.parts}
     assert names == {f"rewright/{n}" for n in expected | {"__init__.py", "__main__.py"}}
 
 

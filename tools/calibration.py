@@ -23,7 +23,7 @@ def calibration(
     tokenizer: Any = None,
     batch: int = 8,
     length: int = 128,
-    most: int | None = 128,
+    most: int | None = None,
 ) -> list[Any]:
     """Batches of inputs, each as the model takes it: a dict of keyword arguments, a tuple of positional ones, or one tensor.
 
@@ -34,7 +34,7 @@ def calibration(
       .txt    a text a line; with a tokenizer that has no padding token, as language models' have none, the whole file
               is cut into windows instead.
     tokenizer: of transformers, or the path of its folder or of a tokenizer.json. batch: examples a batch, length: tokens of
-      the longest text or of a window. most: batches at most; None takes all.
+      the longest text or of a window. most: batches at most (an endless iterable needs it).
     Raises InputFileError for a damaged file, UsageError for a missing tokenizer or an unknown kind.
     """
     if isinstance(source, str | Path):

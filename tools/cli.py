@@ -309,6 +309,30 @@ def demo(out: str = "minilm-int8.onnx", quick: Annotated[bool, typer.Option(help
     _print(found.payload, as_json, lambda: present.demo(found))
 
 
+@app.command()
+def matrix(
+    names: Annotated[list[str] | None, typer.Argument(help="Architectures or families; all without one.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Only the subset that CI runs.")] = False,
+    out: Annotated[str | None, typer.Option("-o", "--out", help="Also write the JSON to this file, and the table beside it as .txt.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Capture, save, export, re-export and differentiate small models of many architectures; exit code 4 if any answer is no."""
+    from . import matrix, present
+    from .architectures import find_architectures
+    from .present_matrix import show
+
+    asked = find_architectures(names or (), fast)
+    with present.progress() as bar:
+        rows = matrix.run_matrix(asked, bar)
+    if out is not None:
+        matrix.write(rows, Path(out))
+    failed = [f"{r.name}: {sentence}" for r in rows for sentence in r.sentences]
+    found = {**matrix.payload(rows), **({"error": {"code": "promise-broken", "message": "; ".join(failed)}} if failed else {})}
+    _print(found, as_json, lambda: show(rows, present.console))
+    if failed:
+        raise typer.Exit(4)
+
+
 # -- shared ---------------------------------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ def aligned(found: dict[str, Any], indent: str = "") -> None:
 
 def graph_facts(graph: Any, model: str) -> dict[str, Any]:
     """What `inspect` says of a captured model."""
-    from ..ir.blocks import describe
+    from ..ir.blocks import describe, describe_tokens
     from ..ir.cost import cost, op_name
     from ..ir.show import dim_names, kind
 
@@ -45,6 +45,7 @@ def graph_facts(graph: Any, model: str) -> dict[str, Any]:
         "outputs": [kind(n.meta["val"], names) for n in graph.output.args[0] if hasattr(n, "meta")],
         "dynamic dims": [f"{d.name}: {d.low} to {d.high or 'any'} (example {d.example})" for d in graph.dims.values()],
         "structure": describe(graph),
+        "tokens": describe_tokens(graph),
         "calls": len(graph.nodes),
         "ops": dict(Counter(op_name(n) for n in graph.nodes).most_common()),
         "weights": megabytes(graph.weight_bytes()),

@@ -24,6 +24,7 @@ from ..ir.errors import InputFileError, UsageError
 from ..ir.files import check_writable, replacing
 from ..ir.graph import Graph, quiet
 from ..ir.pattern import Miss, Pattern
+from ..ir.reexport import re_export
 from ..ir.save import load_graph, save_graph
 from ..ir.verify import Drift, compare, example_inputs
 from ..passes import find_pass
@@ -32,6 +33,7 @@ from ..passes.bisect import bisect as _bisect
 from ..passes.pipeline import Outcome, Pipeline, Record
 from ..passes.recipe import Recipe, make_pass
 from ..passes.rewrite import Declined, Pass, Rewrite, near_misses
+from ..passes.statistics import Calibration
 from .calibration import calibration as _calibration
 from .models import Flat, Loaded, as_flat, load_model, own_metric, random_inputs
 
@@ -99,13 +101,9 @@ class Result:
         """Write a torch.export archive; loading it needs `import rewright` for our ops."""
         path = Path(path)
         check_writable(path)
-        dims = tuple(
-            {axis: torch.export.Dim.AUTO for axis, size in enumerate(n.meta["val"].shape) if isinstance(size, torch.SymInt)} for n in self.graph.inputs
-        )
-        args = self.inputs[0] if self.inputs else random_inputs(self.graph)
-        with quiet(), torch.no_grad(), replacing(path) as temporary:
-            kwargs = dict(zip(self.graph.call.names, args))
-            torch.export.save(torch.export.export(self.module, (), kwargs, dynamic_shapes=dict(zip(kwargs, dims)), strict=False), temporary)
+        flat = self.inputs[0] if self.inputs else random_inputs(self.graph)
+        with quiet(), replacing(path) as temporary:
+            torch.export.save(re_export(self.graph, flat), temporary)
         return path
 
     def export(self, path: str | Path, profile: Profile = "ort", opset: int | None = None) -> Exported:
@@ -135,7 +133,7 @@ def optimize(
 
     example_inputs: dict of keyword arguments, tuple of positional ones, or one tensor (not needed for zoo: and files).
     recipe: shipped name, TOML path, Recipe, or a list of passes. calibration: batches like example_inputs, or a file (see
-    `calibration` for what else); lossy passes are judged on the last quarter of them. target: overrides the recipe's.
+    `calibration` for what else); statistics are gathered on the first three quarters, lossy passes judged on the last. target: overrides the recipe's.
     metric: module -> number, higher is better (a zoo model has its own, on its calibration data).
     ignore: module paths no lossy pass touches. latency: graph -> milliseconds, recorded after every pass that changed something.
     Raises RecipeError, InputFileError, CaptureError, PromiseBroken (a required pass matched nothing).
@@ -143,7 +141,8 @@ def optimize(
     plan = as_recipe(recipe)
     loaded = _loaded(model, example_inputs)
     batches = [as_flat(loaded.graph, b) for b in _calibration(calibration)] or loaded.inputs[1:]
-    held_out = batches[-max(1, len(batches) // 4) :] if batches else []
+    held = max(1, len(batches) // 4) if batches else 0
+    fit, held_out = batches[: len(batches) - held] or batches, batches[len(batches) - held :]
     machine = Target.load(target or plan.target)
     if plan.budget.max_metric_drop is not None and metric is None and (metric := own_metric(loaded)) is None:
         raise UsageError("the budget max_metric_drop needs metric=, a function of the module (higher is better): only zoo models have one of their own")
@@ -157,6 +156,7 @@ def optimize(
         predict=lambda g: predicted_seconds(g, machine),
         latency=latency,
         metric=metric,
+        calibration=Calibration(fit, progress=progress) if fit else None,
         progress=progress,
     )
     inputs = [*loaded.inputs[:1], *held_out[:4]]

@@ -31,6 +31,11 @@ FORMS: dict[str, tuple[tuple[Profile, ...], int]] = {
     "multi_head_attention": (("ort",), 23),
 }
 
+TRANSLATED = ("grouped_linear", "selective_scan")
+"""Ops of ours that never dissolve: `translate` in the file of their name builds their ONNX nodes."""
+
+ASSERTIONS = (torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_async.msg, torch.ops.aten._assert_async.default)
+
 EXTERNAL_BYTES = 1_800_000_000  # a protobuf holds 2 GB at most
 
 
@@ -106,10 +111,18 @@ def to_onnx_ir(graph: Graph, profile: Profile = "ort", opset: int = 20) -> Any:
     """The graph as an onnx_ir.Model with the original's input, output and dim names."""
     module, examples = _flat_module(graph, profile, opset)
     dims = [{axis: torch.export.Dim.AUTO for axis, size in enumerate(n.meta["val"].shape) if isinstance(size, torch.SymInt)} for n in graph.inputs]
-    with quiet(), silent():
+    with quiet(), silent(), _one_sentence():
         exported = torch.export.export(module, examples, dynamic_shapes=[d or None for d in dims], strict=False)
         program = torch.onnx.export(
-            exported, (), dynamo=True, opset_version=opset, optimize=True, input_names=list(graph.call.names), output_names=_output_names(graph), verbose=False
+            exported,
+            (),
+            dynamo=True,
+            opset_version=opset,
+            optimize=True,
+            input_names=list(graph.call.names),
+            output_names=_output_names(graph),
+            custom_translation_table=translations(graph),
+            verbose=False,
         )
     assert program is not None
     model = program.model
@@ -118,6 +131,18 @@ def to_onnx_ir(graph: Graph, profile: Profile = "ort", opset: int = 20) -> Any:
     _drop_traces(model)
     model.producer_name, model.doc_string = "rewright", None
     return model
+
+
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """The exporter's errors fill screens; what went wrong is at their bottom."""
+    try:
+        yield
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UsageError(f"the ONNX exporter can't express the graph: {next(iter(str(cause).splitlines()), type(cause).__name__)}") from error
 
 
 def _drop_traces(model: Any) -> None:
@@ -142,6 +167,7 @@ def _flat_module(graph: Graph, profile: Profile, opset: int) -> tuple[fx.GraphMo
     for node in flat.nodes:
         if node.op == "call_function" and node.target in forms:
             node.target = forms[node.target]
+    _drop_assertions(flat)
     module = graph_module(graph.module, flat)
     examples = []
     for node in graph.inputs:
@@ -150,10 +176,26 @@ def _flat_module(graph: Graph, profile: Profile, opset: int) -> tuple[fx.GraphMo
     return module, tuple(examples)
 
 
+def _drop_assertions(program: fx.Graph) -> None:
+    """ONNX has no assertion; what only an assertion read goes with it."""
+    for node in list(program.nodes):
+        if node.target in ASSERTIONS:
+            program.erase_node(node)
+    for node in reversed(program.nodes):
+        if node.op == "call_function" and not node.users:
+            program.erase_node(node)
+
+
 def load_forms(profile: Profile, opset: int) -> dict[Any, Callable[..., Any]]:
     """Op overload -> its ONNX form: a torch function that builds ONNX nodes with torch.onnx.ops.symbolic."""
     usable = [op for op, (profiles, since) in FORMS.items() if profile in profiles and opset >= since]
     return {getattr(torch.ops.rewright, op).default: getattr(import_module(f".{op}", __package__), profile) for op in usable}
+
+
+def translations(graph: Graph) -> dict[Any, Callable[..., Any]]:
+    """Op overload -> the function that builds its ONNX nodes, for those of `TRANSLATED` that the graph calls."""
+    called = [op for op in TRANSLATED if graph.find(getattr(torch.ops.rewright, op).default)]
+    return {getattr(torch.ops.rewright, op).default: import_module(f".{op}", __package__).translate for op in called}
 
 
 def _output_names(graph: Graph) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ...ir.evaluate import op_name
 from ...ir.graph import Graph
 from ..rewrite import Context, GraphPass
 
@@ -31,9 +33,10 @@ class FoldConstants(GraphPass):
     def run(self, graph: Graph, context: Context) -> Graph:
         for node in graph.nodes:
             value = node.meta.get("val")
-            if not isinstance(value, Tensor) or any(isinstance(s, torch.SymInt) for s in value.shape) or not _pure(node):
+            call: Any = node.args[0] if node.target is operator.getitem else node  # a part of a split weight (nn.MultiheadAttention)
+            if not isinstance(value, Tensor) or any(isinstance(s, torch.SymInt) for s in value.shape) or not _pure(call):
                 continue
-            sources = node.all_input_nodes
+            sources = call.all_input_nodes
             if not all(graph.is_weight(s) for s in sources):
                 continue
             freed = sum(graph.weight(s).nbytes for s in sources if len(s.users) == 1)
@@ -43,7 +46,10 @@ class FoldConstants(GraphPass):
             context.apply(node)
             base = str(sources[0].target) if len(sources) == 1 else f"{node.meta.get('path') or 'constants'}.{node.name}".lstrip(".")
             folded = graph.add_weight(
-                f"{base}_{str(node.target).split('.')[1]}" if len(sources) == 1 else base, _Replay(node), *(str(s.target) for s in sources), like=node
+                f"{base}_{op_name(call)}" if len(sources) == 1 else base,
+                _Replay(call, node.args[1] if call is not node else None),
+                *(str(s.target) for s in sources),
+                like=node,
             )
             node.replace_all_uses_with(folded, propagate_meta=False)
             graph.fx.erase_node(node)
@@ -53,7 +59,8 @@ class FoldConstants(GraphPass):
 class _Replay:
     """The folded call as a function of its weights, in the order of `all_input_nodes`."""
 
-    def __init__(self, node: fx.Node) -> None:
+    def __init__(self, node: fx.Node, item: Any = None) -> None:
+        self.item = item
         position = {n: i for i, n in enumerate(node.all_input_nodes)}
         self.target: Any = node.target
         self.args, self.kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Slot(position[n]))  # type: ignore[misc, arg-type, return-value]
@@ -66,7 +73,8 @@ class _Replay:
                 return [fill(v) for v in value]
             return value
 
-        return self.target(*(fill(a) for a in self.args), **{k: fill(v) for k, v in self.kwargs.items()}).contiguous()
+        made = self.target(*(fill(a) for a in self.args), **{k: fill(v) for k, v in self.kwargs.items()})
+        return (made if self.item is None else made[self.item]).contiguous()
 
 
 class _Slot:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
+from ...ir.evaluate import Evaluator
 from ...ir.graph import Graph
-from ...ir.masks import Evaluator, Mask, Unproven, name_mask
+from ...ir.masks import Mask, Unproven, name_mask
 from ...ir.nodes import argument, is_looked_through, number, same_shape
 from ..rewrite import Builder, Context, GraphPass
 
@@ -31,6 +33,7 @@ class RaiseAttention(GraphPass):
 
     1. scaled_dot_product_attention with no mask, is_causal, a bool mask or a float mask
     2. eager: matmul(q, k^T), scaled, soft-capped (Gemma 2), masked by add, where or masked_fill, softmax, cast, matmul
+    3. the same over merged heads, [B * H, Q, D], with bmm or baddbmm (BLOOM, nn.MultiheadAttention): unmerged
     A mask gets its name by running the nodes that make it (ir/masks). A float term without a name becomes `bias` (T5, ALiBi).
     repeat_kv before either form is absorbed where it is consecutive repetition; a scale on q or k is absorbed too.
     Rows of a query that sees no key may differ from the original's: nothing valid depends on them.
@@ -65,6 +68,8 @@ class _Site:
     causal: bool = False
     terms: list[tuple[fx.Node, bool]] = field(default_factory=list)
     """Masks: (node, whether True hides)."""
+    merged: tuple[Any, Any] | None = None
+    """Batch and heads, where q, k and v have them as one axis."""
     why: str | None = None
 
 
@@ -111,7 +116,7 @@ def _from_sdpa(graph: Graph, node: fx.Node) -> _Site:  # 1
 def _from_softmax(graph: Graph, softmax: fx.Node) -> _Site | None:  # 2
     """None when the softmax is no attention: nothing that looks like two products around it."""
     last = softmax
-    while len(last.users) == 1 and (user := next(iter(last.users))) and is_looked_through(user):
+    while len(last.users) == 1 and (user := next(iter(last.users))) and (is_looked_through(user) or _merges_heads(user)):
         last = user
     product = next((u for u in last.users if u.target in _PRODUCTS and u.args[0] is last), None)
     if product is None:
@@ -121,7 +126,13 @@ def _from_softmax(graph: Graph, softmax: fx.Node) -> _Site | None:  # 2
     if scores is None or scores.target not in _PRODUCTS:
         site.why = f"its scores come from {scores.name if scores else 'a constant'}, not from matmul(q, k^T) scaled, capped and masked"
         return site
-    site.q, site.k = scores.args[:2]
+    site.q, site.k = scores.args[-2:]
+    if scores.target is aten.baddbmm.default:  # 3
+        if argument(scores, "beta") != 1 or site.scale is not None or site.softcap is not None:
+            site.why = f"{scores.name} scales the term it adds"
+            return site
+        site.terms.append((scores.args[0], False))  # type: ignore[arg-type]
+        site.scale = argument(scores, "alpha")
     site.transposed, site.scale = True, 1.0 if site.scale is None else site.scale
     rank = softmax.meta["val"].dim()
     between = [n for n in _between(scores, softmax) if len(n.users) > 1]
@@ -134,7 +145,7 @@ def _from_softmax(graph: Graph, softmax: fx.Node) -> _Site | None:  # 2
     return site
 
 
-_PRODUCTS = (aten.matmul.default, aten.bmm.default)
+_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
 _WHERE_SEEN = (aten.where.self, aten.where.ScalarOther)
 
 
@@ -152,6 +163,12 @@ def _peel(graph: Graph, value: Any, site: _Site) -> fx.Node | None:
     while isinstance(value, fx.Node) and value.op == "call_function" and value.target not in _PRODUCTS:
         open_to_masks = site.scale is None and site.softcap is None  # a mask that is scaled or capped itself is none
         if is_looked_through(value):
+            value = value.args[0]
+        elif open_to_masks and (scores := _before_windows(graph, value, site)) is not None:
+            value = scores
+        elif _splits_heads(value) and site.merged is None:
+            site.merged, value = (value.args[1][0], value.args[1][1]), value.args[0]  # type: ignore[index]
+        elif _merges_heads(value) and site.merged is not None:
             value = value.args[0]
         elif value.target is aten.add.Tensor and argument(value, "alpha") == 1 and open_to_masks:
             a, b = value.args[:2]
@@ -183,6 +200,44 @@ def _peel(graph: Graph, value: Any, site: _Site) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None
 
 
+def _before_windows(graph: Graph, value: fx.Node, site: _Site) -> fx.Node | None:
+    """The scores [B * W, H, Q, K] that were split into [B, W, ...] for a mask of each window [1, W, 1, Q, K] and joined again (timm's Swin)."""
+    masked: Any = value.args[0]
+    if value.target is not aten.reshape.default or _ranks(value) != (5, 4) or masked.target is not aten.add.Tensor or argument(masked, "alpha") != 1:
+        return None
+    a, b = masked.args[:2]
+    split, term = (a, b) if isinstance(a, fx.Node) and a.target is aten.reshape.default else (b, a)
+    if not isinstance(split, fx.Node) or not isinstance(term, fx.Node) or split.target is not aten.reshape.default or _ranks(split) != (4, 5):
+        return None
+    scores: Any = split.args[0]
+    shape = term.meta["val"].shape
+    if not same_shape(scores.meta["val"].shape, value.meta["val"].shape) or len(shape) != 5 or shape[0] != 1 or not isinstance(shape[1], int):
+        return None
+    rows = graph.insert(aten.sym_size.int, site.v, 0, before=site.node)  # not of the scores: a second reader would keep them
+    batch = graph.insert(operator.floordiv, rows, shape[1], before=site.node)
+    windows = graph.insert(aten.reshape.default, term, [int(s) for s in shape[1:]], before=site.node, like=term)
+    site.terms.append((graph.insert(aten.repeat.default, windows, [batch, 1, 1, 1], before=site.node, like=term), False))
+    return scores
+
+
+def _splits_heads(node: fx.Node) -> bool:
+    """[B * H, Q, K] -> [B, H, Q, K], written with sizes for B and H."""
+    return node.target is aten.reshape.default and _ranks(node) == (3, 4) and _same_ends(node) and -1 not in node.args[1][:2]  # type: ignore[index, operator]
+
+
+def _merges_heads(node: fx.Node) -> bool:
+    """[B, H, Q, K] -> [B * H, Q, K]."""
+    return node.target is aten.reshape.default and _ranks(node) == (4, 3) and _same_ends(node)
+
+
+def _ranks(node: fx.Node) -> tuple[int, int]:
+    return node.args[0].meta["val"].dim(), node.meta["val"].dim()  # type: ignore[union-attr]
+
+
+def _same_ends(node: fx.Node) -> bool:
+    return same_shape(node.args[0].meta["val"].shape[-2:], node.meta["val"].shape[-2:])  # type: ignore[union-attr]
+
+
 def _leads_to_product(value: Any) -> bool:
     """Whether scores (a product, perhaps scaled, capped or masked) make this value."""
     for _ in range(16):
@@ -192,7 +247,7 @@ def _leads_to_product(value: Any) -> bool:
             return True
         if value.target in (aten.add.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
             return any(_leads_to_product(a) for a in value.args if isinstance(a, fx.Node) and a.meta["val"].dtype != torch.bool)
-        if value.target not in (aten.mul.Tensor, aten.div.Tensor, aten.tanh.default) and not is_looked_through(value):
+        if value.target not in (aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.reshape.default) and not is_looked_through(value):
             return False
         value = value.args[0] if isinstance(value.args[0], fx.Node) else value.args[1]
     return False
@@ -222,10 +277,12 @@ def _hides(graph: Graph, fill: Any) -> bool:
 
 
 def _finish(graph: Graph, site: _Site, masks: _Masks, context: Context) -> None:
+    if site.why is None and site.q.meta["val"].dim() == 3:
+        _unmerge(graph, site)
     found = site.why or _shapes_wrong(site) or _combine(site, masks)
     if isinstance(found, str):
         return context.decline(site.node, found)
-    key_masks, causal, window, bias = found
+    key_masks, causal, window, biases = found
     op = Builder(graph, site.node, site.node)
     if site.transposed:
         site.k = _swapped(graph, site.k, site.node)
@@ -238,10 +295,61 @@ def _finish(graph: Graph, site: _Site, masks: _Masks, context: Context) -> None:
     key_mask = None
     for source in key_masks:
         key_mask = masks.key(source) if key_mask is None else op.logical_and(key_mask, masks.key(source))
+    bias = biases[0] if biases else None
+    for term in biases[1:]:  # Swin: relative positions, and which windows wrap around the image
+        bias = op.add(bias, term)
     new = op.attention(site.q, site.k, site.v, key_mask, causal, window, site.scale, site.softcap, bias)
     context.apply(site.node)
+    for user in list(site.node.users) if site.merged is not None else []:
+        if _splits_heads(user) and same_shape(user.meta["val"].shape, new.meta["val"].shape):
+            user.replace_all_uses_with(new, propagate_meta=False)
+            graph.fx.erase_node(user)
+    if site.node.users and site.merged is not None:  # read with batch and heads on one axis
+        rows, width = new.meta["val"].shape[2:]
+        new = op.reshape(new, [-1, op.sym_size(site.q, 2) if isinstance(rows, torch.SymInt) else int(rows), int(width)])
     site.node.replace_all_uses_with(new, propagate_meta=False)
     graph.fx.erase_node(site.node)
+
+
+def _unmerge(graph: Graph, site: _Site) -> None:
+    """q, k, v and a baddbmm's term with batch and heads apart."""
+    site.merged = site.merged or _batch_and_heads(graph, site)
+    if site.merged is None:
+        return  # nothing says how many heads there are: its rank is what it is refused for
+    batch, heads = site.merged
+
+    def apart(x: fx.Node) -> fx.Node:
+        if x.meta["val"].dim() != 3:
+            return x
+        if x.target is aten.permute.default and x.args[1] == [0, 2, 1]:
+            return graph.insert(aten.permute.default, apart(x.args[0]), [0, 1, 3, 2], before=site.node, like=x)  # type: ignore[arg-type]
+        source: Any = x.args[0] if x.target is aten.reshape.default else None
+        if source is not None and _ranks(x) == (4, 3) and _same_ends(x) and same_shape(source.meta["val"].shape[1:2], (heads,)):
+            return source
+        sizes = [int(s) if not isinstance(s, torch.SymInt) else -1 for s in x.meta["val"].shape[1:]]
+        if sizes.count(-1) > 1:
+            site.why = f"{x.name} has batch and heads on one axis and two dynamic ones beside it"
+            return x
+        return graph.insert(aten.reshape.default, x, [batch, heads, *sizes], before=site.node, like=x)
+
+    site.q, site.k, site.v = (apart(t) for t in (site.q, site.k, site.v))
+    site.terms = [(apart(t), hides) for t, hides in site.terms]
+
+
+def _batch_and_heads(graph: Graph, site: _Site) -> tuple[Any, int] | None:
+    """From [Q, B, E] -> [Q, B * H, D] -> [B * H, Q, D], as nn.MultiheadAttention makes its queries."""
+    node: Any = site.q
+    while isinstance(node, fx.Node) and (_factor(graph, node) is not None or node.target is aten.permute.default and node.args[1] == [1, 0, 2]):
+        factor = _factor(graph, node)
+        node = factor[0] if factor is not None else node.args[0]
+    if not isinstance(node, fx.Node) or node.target is not aten.reshape.default or _ranks(node) != (3, 3):
+        return None
+    source: Any = node.args[0]
+    rows, _, width = source.meta["val"].shape
+    if not same_shape((rows,), node.meta["val"].shape[:1]) or int(width) % int(node.meta["val"].shape[2]):
+        return None
+    size = graph.insert(aten.sym_size.int, source, 1, before=site.node)
+    return size, int(width) // int(node.meta["val"].shape[2])
 
 
 def _shapes_wrong(site: _Site) -> str | None:
@@ -255,12 +363,13 @@ def _shapes_wrong(site: _Site) -> str | None:
     return None
 
 
-def _combine(site: _Site, masks: _Masks) -> tuple[list[fx.Node], bool, int | None, fx.Node | None] | str:
-    """(key masks, causal, window, bias) of all mask terms, or why one has no name."""
+def _combine(site: _Site, masks: _Masks) -> tuple[list[fx.Node], bool, int | None, list[fx.Node]] | str:
+    """(key masks, causal, window, terms of the bias) of all mask terms, or why one has no name."""
     q, k = site.q.meta["val"].shape, site.k.meta["val"].shape
     scores = (q[0], q[2], k[3] if site.transposed else k[2])
     keys: list[fx.Node] = []
-    causal, windows, bias = site.causal, [], None
+    causal, windows = site.causal, []
+    biases: list[fx.Node] = []
     work: list[tuple[Any, bool]] = list(site.terms)
     while work:
         term, hides = work.pop(0)
@@ -271,15 +380,13 @@ def _combine(site: _Site, masks: _Masks) -> tuple[list[fx.Node], bool, int | Non
             keys += [found.key] if found.key is not None and found.key not in keys else []
         elif not found.additive:
             return found.why
-        elif bias is None and term.target is aten.add.Tensor and any(isinstance(masks.name(a, False, scores), Mask) for a in _addends(term)):
+        elif term.target is aten.add.Tensor and any(isinstance(masks.name(a, False, scores), Mask) for a in _addends(term)):
             work += [(a, False) for a in _addends(term)]  # T5: positions and padding in one sum
-        elif bias is None and term.target in _WHERE_SEEN and _hides(masks.graph, term.args[2]):
+        elif term.target in _WHERE_SEEN and _hides(masks.graph, term.args[2]):
             work += [(term.args[0], False), (term.args[1], False)]  # T5: positions where seen, else the minimum
-        elif bias is not None:
-            return f"two terms without a name are added to the scores ({bias.name}, {term.name})"
         else:
-            bias = term
-    return keys, causal, min(windows) if windows else None, bias
+            biases.append(term)
+    return keys, causal, min(windows) if windows else None, biases
 
 
 def _addends(term: fx.Node) -> list[fx.Node]:

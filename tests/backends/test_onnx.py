@@ -176,3 +176,73 @@ def test_garbage_is_refused_in_one_sentence(tmp_path: Path) -> None:
 def test_the_shipped_recipes_parse() -> None:
     assert Recipe.load("encoder-int8").passes[-1].name == "quantize-linear"
     assert all(p.exact for p in Recipe.load("clean").passes)
+
+
+# -- ops that never dissolve ------------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8, 5))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return torch.ops.rewright.grouped_linear(x, self.weight, ends)
+
+
+def test_grouped_linear_runs_in_onnxruntime_with_any_sizes_of_groups_and_none(tmp_path: Path) -> None:
+    graph = capture(Experts(), (torch.randn(7, 8), torch.tensor([2, 3, 7])), dynamic_shapes={"x": {0: "rows"}})
+    assert not export(graph, tmp_path / "m.onnx").parity
+    session = Session(tmp_path / "m.onnx")
+    for sizes in ((2, 1, 4), (0, 6, 0), (1, 0, 0), (0, 0, 9)):
+        flat = torch.randn(sum(sizes), 8), torch.tensor(sizes).cumsum(0)
+        torch.testing.assert_close(session(flat)[0], graph.run(flat)[0])
+
+
+class Scan(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(-torch.rand(4, 3))
+
+    def forward(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return torch.ops.rewright.selective_scan(x, dt, self.a, b, c)
+
+
+def scan_inputs(batch: int, length: int) -> tuple[Tensor, ...]:
+    return torch.randn(batch, 4, length), torch.rand(batch, 4, length), torch.randn(batch, 3, length), torch.randn(batch, 3, length)
+
+
+def test_selective_scan_is_one_scan_in_onnxruntime_at_any_length(tmp_path: Path) -> None:
+    axes = {0: "batch", 2: "length"}
+    graph = capture(Scan(), scan_inputs(2, 6), dynamic_shapes=dict.fromkeys(("x", "dt", "b", "c"), axes))
+    export(graph, tmp_path / "m.onnx")
+    assert ops(tmp_path / "m.onnx")["Scan"] == 1
+    session = Session(tmp_path / "m.onnx")
+    for batch, length in ((2, 6), (1, 1), (3, 40)):
+        flat = scan_inputs(batch, length)
+        torch.testing.assert_close(session(flat)[0], graph.run(flat)[0])
+
+
+class Checked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._check(x.isfinite().all().item())
+        return x * 2
+
+
+def test_assertions_are_left_out_of_the_file(tmp_path: Path) -> None:
+    graph = capture(Checked(), torch.randn(2, 3))
+    export(graph, tmp_path / "m.onnx", [(torch.randn(2, 3),)])
+    assert ops(tmp_path / "m.onnx") == {"Mul": 1}
+
+
+class Special(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.airy_ai(x)
+
+
+def test_an_op_onnx_lacks_is_named_in_one_sentence(tmp_path: Path) -> None:
+    graph = capture(Special(), torch.randn(2, 3))
+    with pytest.raises(UsageError, match="can't express the graph: .*special_airy_ai") as error:
+        export(graph, tmp_path / "m.onnx")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "m.onnx").exists()

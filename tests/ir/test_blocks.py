@@ -7,170 +7,236 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from rewright.ir.blocks import attention_blocks, describe, ffn_blocks, norm_linears
-from rewright.ir.capture import capture
+from rewright.ir.blocks import attention_blocks, describe, ffn_blocks, norm_linears, residual_streams
 from rewright.ir.graph import Graph
-from rewright.passes.cleanup import CANONICAL
-from rewright.passes.rewrite import Context
+
+from .block_models import Attention, Block, Plain, blocks_of, canonical, usual
 
 torch.set_num_threads(1)
 
 
-class _Attention(nn.Module):
-    def __init__(self, kv: int = 4, fused: bool = False) -> None:
-        super().__init__()
-        self.kv, self.fused = kv, fused
-        if fused:
-            self.qkv = nn.Linear(32, 96)
-        else:
-            self.q, self.k, self.v = nn.Linear(32, 32), nn.Linear(32, 8 * kv), nn.Linear(32, 8 * kv)
-        self.o = nn.Linear(32, 32)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, -1) if self.fused else (self.q(x), self.k(x), self.v(x))
-        q, k, v = (t.view(*x.shape[:2], -1, 8).transpose(1, 2) for t in (q, k, v))
-        k, v = (t.repeat_interleave(4 // self.kv, 1) for t in (k, v))
-        i = torch.arange(x.shape[1])
-        seen = (i <= i[:, None])[None, None] & mask.bool()[:, None, None]
-        return self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).reshape(x.shape))
-
-
-class _Gated(nn.Module):
-    def __init__(self, fused: bool = False) -> None:
-        super().__init__()
-        self.fused = fused
-        self.up = nn.Linear(32, 128 if fused else 64)
-        self.gate = nn.Identity() if fused else nn.Linear(32, 64)
-        self.down = nn.Linear(64, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, -1) if self.fused else (self.gate(x), self.up(x))
-        return self.down(F.silu(gate) * up)
-
-
-class _Plain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
-
-
-class _Block(nn.Module):
-    def __init__(self, norm: str, attention: nn.Module, ffn: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.attention, self.ffn = norm, attention, ffn
-        self.one, self.two, self.three = nn.LayerNorm(32), nn.LayerNorm(32), nn.LayerNorm(32)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        if self.norm == "pre-norm":
-            x = x + self.attention(self.one(x), mask)
-            return x + self.ffn(self.two(x))
-        if self.norm == "post-norm":
-            x = self.one(x + self.attention(x, mask))
-            return self.two(x + self.ffn(x))
-        if self.norm == "sandwich-norm":
-            x = x + self.three(self.attention(self.one(x), mask))
-            return x + self.ffn(self.two(x))
-        x = x + self.one(self.attention(x, mask))
-        return x + self.two(self.ffn(x))
-
-
-class _Model(nn.Module):
-    def __init__(self, *blocks: nn.Module) -> None:
-        super().__init__()
-        self.embed, self.layers, self.head = nn.Embedding(50, 32), nn.ModuleList(blocks), nn.Linear(32, 50)
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for block in self.layers:
-            x = block(x, mask)
-        return self.head(x)
-
-
-def _graph(*blocks: nn.Module) -> Graph:
-    graph = capture(_Model(*blocks).eval(), (torch.ones(3, 9, dtype=torch.long), torch.ones(3, 9, dtype=torch.long)))
-    for p in CANONICAL:
-        graph = p().run(graph, Context())
-    return graph
-
-
 @pytest.mark.parametrize("norm", ["pre-norm", "post-norm", "sandwich-norm", "output-norm"])
 def test_says_where_the_norms_stand(norm: str) -> None:
-    (block,) = attention_blocks(_graph(_Block(norm, _Attention(), _Plain())))
+    (block,) = attention_blocks(usual(norm))
     assert (block.norm, block.why) == (norm, ())
 
 
+def test_parallel_blocks_are_both_pre_norm_behind_one_norm() -> None:
+    graph = usual("parallel")
+    assert [b.norm for b in (*attention_blocks(graph), *ffn_blocks(graph))] == ["pre-norm", "pre-norm"]
+    assert [len(g.linears) for g in norm_linears(graph)] == [4, 1]
+
+
 def test_finds_the_projections_and_the_facts() -> None:
-    (block,) = attention_blocks(_graph(_Block("pre-norm", _Attention(kv=2), _Plain())))
+    (block,) = attention_blocks(usual(kv=2))
     paths = [n.meta["path"].rpartition(".")[2] for n in (block.q, block.k, block.v, block.out) if n is not None]
     assert paths == ["q", "k", "v", "o"]
     assert (block.heads, block.kv_heads, block.head_dim, block.causal, block.window) == (4, 2, 8, True, None)
     assert block.key_mask is not None
+    assert block.residual is not None
     assert block.layer == "layers.0.attention"
+    assert (block.kind, block.rope, block.qk_norm) == ("self", "", False)
 
 
-def test_a_fused_projection_is_one_linear_three_times() -> None:
-    (block,) = attention_blocks(_graph(_Block("pre-norm", _Attention(fused=True), _Plain())))
+@pytest.mark.parametrize("fused", ["thirds", "heads"])
+def test_a_fused_projection_is_one_linear_with_three_sets_of_rows(fused: str) -> None:
+    graph = usual(fused=fused)
+    (block,) = attention_blocks(graph)
     assert block.q is block.k is block.v
     assert block.q is not None
+    first = {"thirds": [0, 32, 64], "heads": [0, 8, 16]}[fused]
+    step = {"thirds": 8, "heads": 24}[fused]
+    for p, start in zip((block.to_q, block.to_k, block.to_v), first):
+        assert p.rows is not None
+        assert torch.equal(p.rows, start + torch.arange(4)[:, None] * step + torch.arange(8))
+
+
+@pytest.mark.parametrize(("kv", "fused"), [(4, ""), (2, ""), (1, ""), (4, "thirds"), (4, "heads")])
+def test_the_rows_of_a_head_make_that_head(kv: int, fused: str) -> None:
+    """The rows are right when zeroing them zeroes one head of q, k or v and nothing else."""
+    graph = usual(kv=kv, fused=fused)
+    (block,) = attention_blocks(graph)
+    flat = graph.flat_inputs((torch.randint(0, 50, (2, 5)), torch.ones(2, 5, dtype=torch.long)))
+    for operand, p in enumerate((block.to_q, block.to_k, block.to_v)):
+        assert p.linear is not None
+        assert p.rows is not None
+        for head, rows in enumerate(p.rows):
+            saved = [graph.weight(w).detach().clone() for w in p.linear.args[1:3]]
+            with torch.no_grad():
+                for w in p.linear.args[1:3]:
+                    graph.weight(w)[rows] = 0
+            value = _value(graph, block.attention.args[operand], flat)
+            with torch.no_grad():
+                for w, old in zip(p.linear.args[1:3], saved):
+                    graph.weight(w).copy_(old)
+            assert value[:, head].abs().max() == 0
+            assert (value.abs().amax(dim=(0, 2, 3)) > 0).sum() == value.shape[1] - 1
+
+
+def _value(graph: Graph, node, flat: tuple) -> Tensor:
+    seen = {}
+
+    class Watch(torch.fx.Interpreter):
+        def run_node(self, n):
+            result = super().run_node(n)
+            if n is node:
+                seen["value"] = result
+            return result
+
+    Watch(graph.module).run(*flat, enable_io_processing=False)
+    return seen["value"].detach()
+
+
+def test_a_query_from_another_sequence_is_cross_attention() -> None:
+    class Memory(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.memory, self.norm, self.attention = torch.nn.Embedding(50, 32), torch.nn.Embedding(50, 32), torch.nn.LayerNorm(32), Attention()
+
+        def forward(self, ids: Tensor, other: Tensor) -> Tensor:
+            x, m, a = self.embed(ids), self.memory(other), self.attention
+            q, k, v = (t.view(*t.shape[:2], -1, 8).transpose(1, 2) for t in (a.q(self.norm(x)), a.k(m), a.v(m)))
+            return x + a.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+    (block,) = attention_blocks(canonical(Memory(), torch.ones(3, 9, dtype=torch.long), torch.ones(3, 5, dtype=torch.long)))
+    assert (block.kind, block.norm) == ("cross", "pre-norm")
 
 
 def test_says_what_it_does_not_find() -> None:
-    class Odd(_Attention):
+    class Odd(Attention):
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             h = x.view(*x.shape[:2], -1, 8).transpose(1, 2)
             return F.scaled_dot_product_attention(h.exp(), h, h).transpose(1, 2).reshape(x.shape).relu()
 
-    (block,) = attention_blocks(_graph(_Block("pre-norm", Odd(), _Plain())))
+    (block,) = attention_blocks(blocks_of(Block("output-norm", Odd(), Plain())))
     assert "q comes from exp, not from a linear" in block.why
     assert "k comes from embedding, not from a linear" in block.why
     assert "no linear reads the attention's output" in block.why
 
 
-@pytest.mark.parametrize(
-    ("ffn", "kind", "activation"), [(_Plain, "plain", "gelu"), (_Gated, "gated", "silu"), (lambda: _Gated(fused=True), "fused gated", "silu")]
-)
-def test_finds_feed_forward_blocks(ffn, kind: str, activation: str) -> None:
-    (block,) = ffn_blocks(_graph(_Block("pre-norm", _Attention(), ffn())))
-    assert (block.kind, block.width, block.hidden, block.layer) == (kind, 32, 64, "layers.0.ffn")
+@pytest.mark.parametrize(("kind", "activation"), [("plain", "gelu"), ("gated", "silu"), ("fused gated", "silu")])
+def test_finds_feed_forward_blocks(kind: str, activation: str) -> None:
+    (block,) = ffn_blocks(usual(ffn=kind))
+    assert (block.kind, block.width, block.hidden, block.layer, block.norm) == (kind, 32, 64, "layers.0.ffn", "pre-norm")
     assert str(block) == f"32 -> 64, {activation}"
     assert block.down.meta["path"] == "layers.0.ffn.down"
+    assert block.residual is not None
+    rows = {"plain": (0, None), "gated": (0, 0), "fused gated": (64, 0)}[kind]
+    for found, start in zip((block.up_rows, block.gate_rows), rows):
+        assert (found is None) if start is None else torch.equal(found, start + torch.arange(64))
     if kind == "gated":
         assert block.gate is not None
         assert block.gate.meta["path"] == "layers.0.ffn.gate"
 
 
+def test_a_squared_relu_is_named() -> None:
+    class Squared(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.relu(self.up(x)).square())
+
+    (block,) = ffn_blocks(blocks_of(Block("pre-norm", Attention(), Squared())))
+    assert str(block) == "32 -> 64, relu^2"
+
+
+def test_1x1_convolutions_make_a_feed_forward_block_too() -> None:
+    class Convolved(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = torch.nn.Conv1d(32, 64, 1), torch.nn.Conv1d(64, 32, 1)  # type: ignore[assignment]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.gelu(self.up(x.transpose(1, 2)))).transpose(1, 2)
+
+    graph = blocks_of(Block("pre-norm", Attention(), Convolved()))
+    (block,) = ffn_blocks(graph)
+    assert str(block) == "32 -> 64, gelu, as 1x1 convolutions"
+    assert block.residual is not None
+    assert [len(g.linears) for g in norm_linears(graph)] == [3, 1, 1]  # the convolution reads its norm through a permute
+
+
 def test_a_hidden_value_with_another_reader_is_said() -> None:
-    class Leaks(_Plain):
+    class Leaks(Plain):
         def forward(self, x: Tensor) -> Tensor:
             h = self.up(x)
             return self.down(F.gelu(h)) + h[..., :32]
 
-    (block,) = ffn_blocks(_graph(_Block("pre-norm", _Attention(), Leaks())))
-    assert block.why == (f"the hidden value {block.up.name} has 2 readers",)
+    (block,) = ffn_blocks(blocks_of(Block("pre-norm", Attention(), Leaks())))
+    assert block.why == ("the up projection's result has 2 readers",)
+
+
+def test_a_norm_inside_a_feed_forward_block_is_said() -> None:
+    class Normed(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.LayerNorm(64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.inner(F.gelu(self.up(x))))
+
+    (block,) = ffn_blocks(blocks_of(Block("pre-norm", Attention(), Normed())))
+    assert block.why == ("a norm over the hidden channels stands before the down projection",)
 
 
 def test_groups_the_linears_that_share_a_norm() -> None:
-    groups = norm_linears(_graph(_Block("pre-norm", _Attention(), _Gated())))
-    assert [len(g.linears) for g in groups] == [3, 2]
-    assert [g.layer for g in groups] == ["layers.0.one", "layers.0.two"]
+    groups = norm_linears(usual(ffn="gated"))
+    assert [len(g.linears) for g in groups] == [3, 2, 1]
+    assert [g.layer for g in groups] == ["layers.0.one", "layers.0.two", "final"]
+    assert [g.others for g in groups] == [(), (), ()]
+
+
+def test_a_post_norm_has_the_sum_among_its_readers() -> None:
+    groups = norm_linears(usual("post-norm"))
+    assert [[o.target.__name__ for o in g.others] for g in groups] == [["add.Tensor"], []]  # type: ignore[union-attr]
+
+
+def test_tied_embeddings_are_one_weight_and_change_nothing() -> None:
+    graph = usual(tied=True)
+    (stream,) = residual_streams(graph)
+    embedding = stream.sources[0].node
+    assert len(embedding.args[0].users) == 2  # type: ignore[union-attr]
+    assert describe(graph) == describe(usual())
+
+
+def test_layers_that_share_their_weights_say_so() -> None:
+    block = Block("pre-norm", Attention(), Plain())
+    graph = blocks_of(block, block)
+    assert [b.why for b in (*attention_blocks(graph), *ffn_blocks(graph))] == [("its weights serve 2 calls: an edit changes them all",)] * 4
+
+
+def test_one_mask_serves_all_layers() -> None:
+    graph = usual(layers=3)
+    blocks = attention_blocks(graph)
+    assert len({b.key_mask for b in blocks}) == 1
+    assert all(b.causal for b in blocks)
+    assert len(describe(graph)) == 3
 
 
 def test_describes_in_sentences() -> None:
-    two = [_Block("post-norm", _Attention(), _Plain()) for _ in range(2)]
-    assert describe(_graph(*two)) == ["2 post-norm attention blocks, 4 heads of 8, causal with a key mask", "2 plain FFNs 32 -> 64, gelu"]
-    assert describe(_graph(_Block("pre-norm", _Attention(kv=1), _Gated()))) == [
+    assert describe(usual("post-norm", layers=2)) == [
+        "2 post-norm attention blocks, 4 heads of 8, causal with a key mask",
+        "2 plain FFNs 32 -> 64, gelu",
+        "4 sums are normed at once (post-norm): no residual stream runs through",
+    ]
+    assert describe(usual(kv=1, ffn="gated")) == [
         "1 pre-norm attention block, 4 heads of 8 (1 key-value heads), causal with a key mask",
         "1 gated FFN 32 -> 64, silu",
+        "residual stream of 32 channels: 2 writers, 3 norm readers",
     ]
 
 
+def test_describes_what_it_did_not_understand() -> None:
+    class Mixer(Attention):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.o(torch.cumsum(self.q(x), 1))
+
+    said = describe(blocks_of(*(Block("pre-norm", Mixer(), Plain()) for _ in range(2))))
+    assert "2 writers of the residual stream are neither attention nor FFN: layers.0.attention.o (linear), layers.1.attention.o (linear)" in said
+
+
 def test_takes_milliseconds() -> None:
-    graph = _graph(*(_Block("pre-norm", _Attention(kv=2), _Gated()) for _ in range(4)))
-    start = time.perf_counter()
-    assert len(attention_blocks(graph)) == len(ffn_blocks(graph)) == 4
-    assert time.perf_counter() - start < 0.1
+    graph = usual(layers=3)
+    start = time.process_time()
+    assert len(attention_blocks(graph)) == len(ffn_blocks(graph)) == 3
+    assert time.process_time() - start < 0.5

@@ -301,3 +301,81 @@ def test_torch_compile_takes_the_module(mixer: Mixer, x: Tensor) -> None:
     graph: Graph = capture(mixer, (x,))
     compiled = torch.compile(graph.module, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), mixer(x))
+
+
+# -- what architectures brought up ------------------------------------------------------------------------------------
+
+
+class TwoTexts(nn.Module):
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        return source.float().mean(1, keepdim=True) + target.float()
+
+
+def test_texts_of_two_lengths_get_two_dims() -> None:
+    graph = capture(TwoTexts(), (torch.ones(2, 7, dtype=torch.long), torch.ones(2, 4, dtype=torch.long)))
+    assert list(graph.dims) == ["batch", "sequence", "target_sequence"]
+    assert graph(torch.ones(1, 3, dtype=torch.long), torch.ones(1, 9, dtype=torch.long)).shape == (1, 9)
+
+
+def test_one_name_for_two_sizes_is_refused() -> None:
+    sizes = {"source": {1: "length"}, "target": {1: "length"}}
+    with pytest.raises(UsageError, match="axis 1 of target is called 'length' and has size 4, another axis of that name 7"):
+        capture(TwoTexts(), (torch.ones(2, 7, dtype=torch.long), torch.ones(2, 4, dtype=torch.long)), dynamic_shapes=sizes)
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros(x.shape[0], 4, dtype=torch.float64)
+        y[:, :2] = self.weight[:2] * x  # broadcast
+        y[:, 2:].copy_(self.weight[2:])  # and another dtype
+        return y
+
+
+def test_gradients_flow_through_in_place_copies() -> None:
+    model, x = InPlace(), torch.randn(3, 2)
+    graph = capture(model, x)
+    assert not graph.find(torch.ops.aten.copy.default)
+    for rows in (3, 1):
+        assert torch.equal(graph(x[:rows]), model(x[:rows]))
+    expected, found = (torch.autograd.grad(m(x).square().sum(), m.weight)[0] for m in (model, graph.module))
+    assert torch.equal(expected, found)
+
+
+class Keywords(nn.Module):
+    def forward(self, x: Tensor, **kwargs: Tensor) -> Tensor:
+        return x * kwargs["scale"] + kwargs["shift"]
+
+
+def test_arguments_taken_as_kwargs_may_be_dynamic() -> None:
+    model = Keywords()
+    given = {"x": torch.randn(3, 2), "scale": torch.randn(3, 1), "shift": torch.randn(3, 2)}
+    graph = capture(model, (), given)
+    assert "forward" not in vars(model)
+    one = {k: v[:1] for k, v in given.items()}
+    assert torch.equal(graph(**one), model(**one))
+
+
+class Paired(nn.Module):
+    def forward(self, a: Tensor, pair: tuple[Tensor, Tensor], flag: bool = True) -> dict[str, Tensor]:
+        return {"difference": a - pair[0] if flag else a, "product": a * pair[1]}
+
+
+def test_torch_export_takes_the_module_with_its_nested_inputs_and_gives_its_output_class() -> None:
+    inputs = {"a": torch.randn(3, 2), "pair": (torch.randn(3, 2), torch.randn(3, 2)), "flag": True}
+    module = capture(Paired(), (), inputs).module
+    again = torch.export.export(module, (), inputs, strict=False).module()
+    expected, found = module(**inputs), again(**inputs)
+    assert list(found) == ["difference", "product"]
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+def test_capturing_a_captured_module_again_binds_keywords_by_name_in_any_order() -> None:
+    inputs = {"source": torch.full((2, 3), 5), "target": torch.full((2, 3), 7)}
+    module = capture(TwoTexts(), (), inputs).module
+    again = capture(module, (), dict(reversed(inputs.items())))
+    other = {"target": torch.arange(4)[None], "source": torch.arange(4)[None] ** 2}
+    assert torch.equal(again(**other), module(**other))

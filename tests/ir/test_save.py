@@ -302,3 +302,14 @@ def test_a_deep_graph_is_saved_and_loaded_without_recursion(tmp_path: Path) -> N
     graph.recompile()
     save_graph(graph, tmp_path)
     assert len(load_graph(tmp_path).nodes) == 3000
+
+
+def test_loaded_weights_are_aligned_so_that_kernels_round_as_they_did(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    graph = capture(nn.Sequential(nn.Linear(5, 33), nn.GELU(), nn.Linear(33, 7)), torch.randn(2, 5))
+    save_graph(graph, tmp_path)
+    loaded = load_graph(tmp_path)
+    assert all(t.data_ptr() % 64 == 0 for t in loaded.weights().values())
+    for batch in (1, 2, 3, 17):
+        x = torch.randn(batch, 5)
+        assert torch.equal(loaded(x), graph(x))

@@ -24,14 +24,14 @@ def draw(name: str) -> Path:
     left.set_xlabel("step")
     left.set_ylabel("loss, nats")
     left.grid(alpha=0.3)
+    lines = left.get_lines()
     if "accuracy" in rows[0]:
         right = left.twinx()
-        right.plot([r["step"] for r in rows[1:]], [100 * r["accuracy"] for r in rows[1:]], "C2-", label="held-out accuracy")
+        lines += right.plot([r["step"] for r in rows[1:]], [100 * r["accuracy"] for r in rows[1:]], "C2-", label="held-out accuracy")
         right.set_ylabel("accuracy, %")
-        right.legend(loc="center right")
-    left.legend(loc="upper right")
+    left.legend(handles=lines, loc="center right")
     left.axvline(rows[-1]["step"] * 0.75, color="grey", linewidth=0.8, linestyle=":")
-    left.annotate("rate falls", (rows[-1]["step"] * 0.755, left.get_ylim()[1] * 0.6), color="grey", fontsize=8)
+    left.annotate("rate falls", (rows[-1]["step"] * 0.755, left.get_ylim()[1] * 0.8), color="grey", fontsize=8)
     path = CARDS / f"{name}.svg"
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

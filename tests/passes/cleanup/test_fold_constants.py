@@ -64,3 +64,21 @@ def test_declines_what_grows_beyond_the_budget_and_says_the_bytes(apply) -> None
 def test_never_folds_random_numbers(apply) -> None:
     done = apply(_Random(), (torch.randn(3, 8),), FoldConstants())
     assert done.after["rand"] == 1
+
+
+def test_a_part_of_a_split_weight_is_a_weight(apply) -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(12, 8))
+
+        def forward(self, x):
+            a, b = self.w.split([4, 8])
+            return torch.nn.functional.linear(x, a).sum() + torch.nn.functional.linear(x, b)
+
+    x = torch.randn(3, 8)
+    done = apply(Split(), (x,), FoldConstants())
+    done.graph.clean()
+    assert sorted(tuple(t.shape) for t in done.graph.weights().values()) == [(4, 8), (8, 8)]
+    assert all(done.graph.recipes[name].sources == ("w",) for name in done.graph.weights())
+    assert done.error(x) == 0

@@ -280,3 +280,52 @@ def test_a_window_made_of_a_constant_tensor_is_found(canonical) -> None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=((j <= i) & (i - j < torch.tensor(512)))[None, None])
 
     assert _facts(_run(canonical, lifted))["window"] == 512
+
+
+def _merged_heads(q, k, v, mask):
+    """BLOOM: batch and heads on one axis, ALiBi added by baddbmm."""
+    b, h, s, d = q.shape
+    alibi = (mask.cumsum(-1) * mask)[:, None] * torch.tensor([1.0, 0.5, 0.25, 0.125])[:, None]
+    q, k, v = (t.reshape(b * h, s, d) for t in (q, k, v))
+    scores = torch.baddbmm(alibi.reshape(b * h, 1, s), q, k.transpose(1, 2), beta=1.0, alpha=d**-0.5)
+    i, j = _grid(s)
+    seen = (j <= i)[None, None] & mask.bool()[:, None, None]
+    weights = torch.softmax(scores.view(b, h, s, s).masked_fill(~seen, torch.finfo(scores.dtype).min), -1)
+    return torch.bmm(weights.view(b * h, s, s), v).view(b, h, s, d)
+
+
+def test_merged_heads_with_a_term_in_the_product_are_unmerged(canonical) -> None:
+    done = _run(canonical, _merged_heads)
+    facts = _facts(done)
+    assert (facts["causal"], facts["scale"], facts["bias"].meta["val"].shape[1:3]) == (True, D**-0.5, (H, 1))
+    assert done.after["bmm"] == done.after["baddbmm"] == done.after["softmax"] == 0
+    for b, s, padding in ((B, S, "right"), (1, 5, "right"), (2, 9, "right")):
+        assert done.error(*_inputs(b, s, padding=padding)) < 1e-6
+
+
+def test_a_scaled_term_in_the_product_stays_and_says_why(canonical) -> None:
+    def half(q, k, v, mask):
+        b, h, s, d = q.shape
+        q, k, v = (t.reshape(b * h, s, d) for t in (q, k, v))
+        scores = torch.baddbmm(mask.float().repeat_interleave(h, 0)[:, None], q, k.transpose(1, 2), beta=0.5)
+        return torch.bmm(torch.softmax(scores, -1), v).view(b, h, s, d)
+
+    assert [w for w in _run(canonical, half).reasons if "scales the term it adds" in w]
+
+
+def test_a_multihead_attention_module_is_one_attention(canonical) -> None:
+    class Pooled(nn.Module):
+        """SigLIP's pooling head: a learned query, sequence first inside the module."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.probe, self.attention = nn.Parameter(torch.randn(1, 2, 32)), nn.MultiheadAttention(32, H, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(self.probe.repeat(x.shape[0], 1, 1), x, x)[0]
+
+    done = canonical(Pooled(), (torch.randn(B, S, 32),), dynamic_shapes={"x": {0: "batch"}})
+    assert done.after["attention"] == 1
+    assert done.after["bmm"] == done.after["split_with_sizes"] == 0
+    for b in (B, 1):
+        assert done.error(torch.randn(b, S, 32)) < 1e-6

@@ -1,0 +1,101 @@
+"""The models that come with us are trained, small, judged on what they have not seen, and the judges see damage."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from rewright.ir.errors import UsageError
+from rewright.tools.models import load_model, own_metric, runner_of
+from rewright.tools.zoo import DATA, ZOO, ZooModel, digits_vit, load_zoo, minilm, stdlib_lm
+from rewright.tools.zoo.texts import described_functions, docstrings
+
+ITEMS = {"minilm": 48, "digits-vit": 599, "stdlib-lm": 24}
+
+
+@cache
+def zoo(name: str) -> ZooModel:
+    return load_zoo(name)
+
+
+def scores(name: str, module: nn.Module, split: str = "held_out") -> dict[str, float]:
+    return {s.name: s.value for s in zoo(name).judge(runner_of(module), ITEMS[name], split)}
+
+
+@cache
+def damaged(name: str) -> nn.Module:
+    """The same model with noise on every matrix: a quarter of its own spread, for the sturdy digits twice it."""
+    module = load_zoo(name).module
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.dim() == 2:
+                p += (2.0 if name == "digits-vit" else 0.25) * p.std() * torch.randn(p.shape, generator=generator)
+    return module
+
+
+def test_weights_fit_in_25_megabytes():
+    assert sum(f.stat().st_size for f in DATA.glob("*.safetensors")) < 25e6
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_model_captures_calibrates_and_gives_what_the_module_gives(name):
+    loaded = load_model(f"zoo:{name}")
+    assert len(loaded.inputs) == 1 + 16
+    assert loaded.module is not None
+    batch = zoo(name).calibration[3]
+    assert torch.equal(loaded.graph.run(loaded.inputs[4])[0], runner_of(loaded.module)(batch))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_judge_finds_nothing_wrong_with_the_original_and_much_with_a_damaged_one(name):
+    original, worse = scores(name, zoo(name).module), scores(name, damaged(name))
+    agreement = {"minilm": "nearest neighbour", "digits-vit": "agreement", "stdlib-lm": "agreement"}[name]
+    assert original[agreement] == 1.0 and worse[agreement] < 0.99
+    change = {"minilm": "cosine", "digits-vit": "accuracy change", "stdlib-lm": "perplexity ratio"}[name]
+    assert original[change] == pytest.approx({"minilm": 1.0, "digits-vit": 0.0, "stdlib-lm": 1.0}[name], abs=1e-6)
+    assert abs(worse[change] - original[change]) > 0.005
+
+
+def test_digits_are_read_and_python_is_predicted_as_the_cards_say():
+    assert scores("digits-vit", zoo("digits-vit").module)["accuracy"] > 0.98
+    found = scores("stdlib-lm", zoo("stdlib-lm").module)
+    assert found["perplexity"] < 30 and found["next-token accuracy"] > 0.35
+
+
+@pytest.mark.parametrize("name", ["digits-vit", "stdlib-lm"])
+def test_a_budgets_own_metric_is_higher_for_the_better_model(name):
+    metric = own_metric(load_model(f"zoo:{name}"))
+    assert metric is not None and metric(zoo(name).module) > metric(damaged(name))
+
+
+def test_what_calibrates_is_not_what_judges():
+    texts = minilm.judged_texts("calibration")
+    assert not set(texts) & set(minilm.judged_texts("held_out"))
+    assert not set(texts) & {text for text, _ in described_functions()}
+    assert len(set(docstrings())) == len(docstrings())
+    training, _, held_out, _ = digits_vit.images()
+    assert not {x.numpy().tobytes() for x in training} & {x.numpy().tobytes() for x in held_out}
+    windows = [{tuple(w) for w in stdlib_lm.tokens(split)[0].tolist()} for split in ("held_out", "calibration")]
+    assert not windows[0] & windows[1]
+
+
+def test_a_module_and_its_tests_are_on_the_same_side():
+    training, held_out = stdlib_lm.corpus()
+    assert "linecache.py" in held_out and "test/test_linecache.py" in held_out
+    assert len(training) > 20 * len(held_out) and not set(training) & set(held_out)
+
+
+def test_the_tokenizer_gives_back_what_it_was_given():
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(stdlib_lm.TOKENIZER))
+    text = 'def f(x: int) -> str:\n    return "é\\t" * x  # \u2603\n'
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert tokenizer.get_vocab_size() == stdlib_lm.VOCABULARY
+
+
+def test_an_unknown_name_is_answered_with_the_near_one():
+    with pytest.raises(UsageError, match="Did you mean 'stdlib-lm'"):
+        load_zoo("stdlib")
