@@ -23,26 +23,18 @@ LIMITS = {"minilm": (None, 96, 48), "stdlib-lm": (None, 32, 16)}  # MiB
 
 
 def prepare(name: str):
-    """The canonical graph of a zoo model and its calibration batches."""
+    """The canonical graph of a zoo model and a third of its calibration batches."""
     import torch
 
     from rewright.ir.capture import capture
     from rewright.passes.pipeline import Pipeline
-    from rewright.tools.zoo import stdlib_lm
+    from rewright.tools.zoo import load_zoo
 
     torch.set_num_threads(1)
-    if name == "minilm":
-        from rewright.tools.zoo import load_zoo
-
-        model = load_zoo("minilm")
-        module, batches, trained = model.module, list(model.calibration)[:6], True
-    else:
-        trained = stdlib_lm.WEIGHTS.exists()
-        module = stdlib_lm.trained() if trained else stdlib_lm.untrained().eval()
-        generator = torch.Generator().manual_seed(0)
-        batches = [{"input_ids": torch.randint(0, stdlib_lm.VOCABULARY, (4, stdlib_lm.CONTEXT), generator=generator)} for _ in range(3)]
-    graph = Pipeline([], verify=False).run(capture(module, (), batches[0])).graph
-    return graph, [graph.flat_inputs((), b) for b in batches], trained
+    model = load_zoo(name)
+    batches = model.calibration[:6]
+    graph = Pipeline([], verify=False).run(capture(model.module, (), batches[0])).graph
+    return graph, [graph.flat_inputs((), b) for b in batches]
 
 
 def times(name: str) -> dict:
@@ -51,7 +43,7 @@ def times(name: str) -> dict:
 
     from rewright.passes.statistics import Calibration, linear_inputs
 
-    graph, batches, trained = prepare(name)
+    graph, batches = prepare(name)
 
     def forward() -> None:
         for flat in batches:
@@ -76,7 +68,6 @@ def times(name: str) -> dict:
     values = len(linear_inputs(graph, ["mean"]))
     return {
         "model": name,
-        "trained": trained,
         "batches": len(batches),
         "tokens": tokens,
         "values": values,
@@ -120,7 +111,7 @@ def memory(name: str, limit: int | None) -> dict:
     """Peak resident memory above that of the forward pass, in MiB, with Grams of everything."""
     from rewright.passes.statistics import Calibration, linear_inputs
 
-    graph, batches, _ = prepare(name)
+    graph, batches = prepare(name)
     for flat in batches:
         graph.run(flat)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -66,9 +66,12 @@ def linear_inputs(graph: Graph, kinds: Iterable[str]) -> list[Request]:
 
 
 def merged(requests: Iterable[Request]) -> list[Request]:
-    """One request for each value, axis and block."""
-    kinds: dict[tuple, frozenset[str]] = {}
+    """One request for each value and axis. Raises UsageError for the influence of one value from two block inputs."""
+    kinds: dict[tuple[str, int], frozenset[str]] = {}
+    starts: dict[tuple[str, int], str | None] = {}
     for r in requests:
-        place = (r.value, r.axis, r.block_input if "influence" in r.kinds else None)
+        place = r.value, r.axis
         kinds[place] = kinds.get(place, frozenset()) | r.kinds
-    return [Request(value, k, axis, block_input) for (value, axis, block_input), k in kinds.items()]
+        if "influence" in r.kinds and (start := starts.setdefault(place, r.block_input)) != r.block_input:
+            raise UsageError(f"the influence of {r.value} was asked for from {start} and from {r.block_input}; gather them one after the other")
+    return [Request(value, k, axis, starts.get((value, axis))) for (value, axis), k in kinds.items()]

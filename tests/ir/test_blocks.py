@@ -29,6 +29,20 @@ def test_parallel_blocks_are_both_pre_norm_behind_one_norm() -> None:
     assert [len(g.linears) for g in norm_linears(graph)] == [4, 1]
 
 
+def test_a_branch_added_to_its_norm_is_post_norm_even_inside_an_outer_sum() -> None:
+    """x + (y + f(y)) with y = norm(x): the outer sum puts x and the inner sum in one stream."""
+
+    class Around(Block):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            y = self.one(x)
+            x = x + (y + self.attention(y, mask))
+            y = self.two(x)
+            return x + (y + self.ffn(y))
+
+    graph = blocks_of(Around("", Attention(), Plain()))
+    assert [b.norm for b in (*attention_blocks(graph), *ffn_blocks(graph))] == ["post-norm", "post-norm"]
+
+
 def test_finds_the_projections_and_the_facts() -> None:
     (block,) = attention_blocks(usual(kv=2))
     paths = [n.meta["path"].rpartition(".")[2] for n in (block.q, block.k, block.v, block.out) if n is not None]
@@ -152,6 +166,7 @@ def test_1x1_convolutions_make_a_feed_forward_block_too() -> None:
     graph = blocks_of(Block("pre-norm", Attention(), Convolved()))
     (block,) = ffn_blocks(graph)
     assert str(block) == "32 -> 64, gelu, as 1x1 convolutions"
+    assert block.norm == "pre-norm"
     assert block.residual is not None
     assert [len(g.linears) for g in norm_linears(graph)] == [3, 1, 1]  # the convolution reads its norm through a permute
 
@@ -184,6 +199,19 @@ def test_groups_the_linears_that_share_a_norm() -> None:
     assert [len(g.linears) for g in groups] == [3, 2, 1]
     assert [g.layer for g in groups] == ["layers.0.one", "layers.0.two", "final"]
     assert [g.others for g in groups] == [(), (), ()]
+
+
+def test_a_linear_behind_a_cast_reads_its_norm_too() -> None:
+    class Half(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bfloat16()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.bfloat16()).float()
+
+    groups = norm_linears(blocks_of(Block("pre-norm", Attention(), Half())))
+    assert [(len(g.linears), g.others) for g in groups] == [(3, ()), (1, ()), (1, ())]
 
 
 def test_a_post_norm_has_the_sum_among_its_readers() -> None:

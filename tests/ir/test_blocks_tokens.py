@@ -64,6 +64,17 @@ def test_a_sequence_joined_with_itself_is_one_of_twice_the_tokens() -> None:
     assert _said(graph, aten.gelu.default) == ["axis 1"]
 
 
+def test_neighbours_joined_by_channels_are_new_tokens() -> None:
+    """Patch merging (Swin): every second token beside the one after it."""
+    graph = _vision(lambda self, x: F.gelu(torch.cat([x[:, 1::2], x[:, 2::2]], -1)))
+    assert _said(graph, aten.gelu.default) == ["axis 1"]
+
+
+def test_channels_that_are_the_same_for_all_tokens_do_not_hide_them() -> None:
+    graph = _vision(lambda self, x: F.gelu(torch.cat([x, self.token.expand(x.shape)], -1)))
+    assert _said(graph, aten.gelu.default) == ["axis 1"]
+
+
 def test_windows_spread_the_tokens_and_put_them_back() -> None:
     def made(self, x: Tensor) -> Tensor:
         windows = x[:, 1:].view(-1, 2, 2, 2, 2, 8).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 8)

@@ -162,6 +162,27 @@ def test_without_dynamic_shapes_batch_and_the_sequence_of_ids_vary() -> None:
     assert set(graph.dims) == {"batch", "sequence"}
 
 
+def test_a_view_of_a_larger_tensor_serves_as_example() -> None:
+    class Positions(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            return ids + torch.arange(ids.shape[1])
+
+    whole = torch.zeros(8, 9, dtype=torch.long)
+    graph = capture(Positions().eval(), (whole[:, :-1][:2, :4],))
+    assert torch.equal(graph(whole), Positions()(whole))
+
+
+def test_inputs_of_another_first_size_are_not_taken_for_the_batch() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+            return x * weights.sum()
+
+    x, weights = torch.randn(4, 16), torch.randn(7)
+    graph = capture(Scaled().eval(), (x, weights))
+    assert {d.name: d.example for d in graph.dims.values()} == {"batch": 4, "weights_batch": 7}
+    assert torch.equal(graph(x[:3], weights[:5]), x[:3] * weights[:5].sum())
+
+
 def test_a_size_the_model_fixes_is_static_and_noted() -> None:
     class Fixed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

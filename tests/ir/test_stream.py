@@ -222,10 +222,30 @@ def test_two_weights_of_a_graph_that_are_one_stay_one_when_it_is_filled(store: W
     assert graph.weight("copy") is graph.weight("layers.0.norm.bias")
 
 
+def test_a_weight_that_a_graph_reads_by_two_names_is_written_once(store: WeightStore, tmp_path: Path) -> None:
+    graph = on_meta()
+    other = graph.add_constant("copy", torch.empty(64, device="meta"))
+    graph.module._parameters["copy"] = graph.module.get_parameter("layers.0.norm.bias")
+    graph.find(torch.ops.aten.layer_norm.default)[0].update_arg(2, other)
+    names = list(graph.weights())
+    first, second = sorted(("copy", "layers.0.norm.bias"), key=names.index)
+    stream_materialize(graph, {**store, "copy": store["layers.0.norm.bias"]}, tmp_path / "out")
+    assert WeightStore.open(tmp_path / "out").keys() == set(names) - {second} and first in names
+
+
 def test_the_key_of_a_value_sees_through_recipes(store: WeightStore) -> None:
     plain, quantized, same = (Pipeline(p, verify=False).run(on_meta()).graph for p in ([], [QuantizeLinear()], [QuantizeLinear(min_weights=1 << 30)]))
     keys = [value_keys(g, [out], store)[out] for g in (plain, quantized, same) for out in g.output.all_input_nodes]
     assert keys[0] == keys[2] != keys[1]
+
+
+def test_the_key_of_a_value_follows_the_weights_of_the_store(store: WeightStore, folder: Path) -> None:
+    graph = on_meta()
+    (out,) = graph.output.all_input_nodes
+    other = {"scale": store["scale"], "layers.0.norm.weight": store["layers.0.norm.weight"] + 1}
+    stores = (store, WeightStore.open(folder, held={"scale": store["scale"]}), WeightStore.open(folder, held=other), {**store}, {**store, **other})
+    keys = [value_keys(graph, [out], weights)[out] for weights in stores]
+    assert keys[0] == keys[1] != keys[2] and keys[3] != keys[4]
 
 
 # -- the store ------------------------------------------------------------------------------------------------------
@@ -312,6 +332,15 @@ def test_a_damaged_or_unsafe_checkpoint_is_refused_in_one_sentence(folder: Path,
     spoil(folder)
     with pytest.raises(InputFileError, match=sentence):
         WeightStore.open(folder)
+
+
+def test_a_file_that_is_cut_after_it_was_opened_is_said_when_it_is_read(folder: Path) -> None:
+    store = WeightStore.open(folder)
+    last = max((e for e in store.entries.values() if e.file.name == "model-1.safetensors"), key=lambda e: e.begin)
+    last.file.write_bytes(last.file.read_bytes()[:-9])
+    name = next(n for n, e in store.entries.items() if e is last)
+    with pytest.raises(InputFileError, match=f"model-1.safetensors ended within {name}; it was cut short"):
+        _ = store[name]
 
 
 def test_a_folder_without_weights_and_a_missing_or_misshapen_weight_are_named(folder: Path, tmp_path: Path) -> None:

@@ -213,6 +213,16 @@ def test_block_influence_is_one_minus_the_mean_cosine(graph: Graph, batches: lis
         Request(end, frozenset({"influence"}))
 
 
+def test_one_value_has_one_influence_beside_its_other_statistics(graph: Graph, batches: list) -> None:
+    first, second, end = (n.name for n in graph.find(aten.layer_norm.default)[:3])
+    from_first, from_second = (Request(end, frozenset({"influence"}), block_input=start) for start in (first, second))
+    alone = Calibration(batches).gather(graph, [from_second])[end].influence
+    found = Calibration(batches).gather(graph, [Request(end, frozenset({"mean"})), from_second, from_second])[end]
+    assert found.influence == alone and len(found.mean) == 64
+    with pytest.raises(UsageError, match=f"the influence of {end} was asked for from {first} and from {second}; gather them one after the other"):
+        Calibration(batches).gather(graph, [from_first, from_second])
+
+
 def test_gradients_are_squared_sample_by_sample(graph: Graph, batches: list) -> None:
     linear = graph.find(aten.linear.default)[4]
     weight, activation = linear.args[1].name, linear.args[0].name  # type: ignore[union-attr]

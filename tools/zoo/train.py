@@ -62,7 +62,7 @@ def digits_task() -> Task:
         logits = model(pixel_values=held_images).logits
         return {"held_out_loss": F.cross_entropy(logits, held_labels).item(), "accuracy": (logits.argmax(-1) == held_labels).double().mean().item()}
 
-    return Task("digits-vit", model, loss, judge, digits_vit.WEIGHTS, 1e-3, 0.05, 2500, 100)
+    return Task("digits-vit", model, loss, judge, digits_vit.WEIGHTS, 1e-3, 0.05, 2000, 100)
 
 
 def language_task() -> Task:
@@ -85,7 +85,7 @@ def language_task() -> Task:
         losses = [_next_token_loss(model(input_ids=ids[:, :-1]).logits, ids) for ids in held_out[::4].split(16)]
         return {"held_out_loss": torch.stack(losses).mean().item()}
 
-    return Task("stdlib-lm", model, loss, judge, stdlib_lm.WEIGHTS, 1.5e-3, 0.1, 9000, 250)
+    return Task("stdlib-lm", model, loss, judge, stdlib_lm.WEIGHTS, 1.5e-3, 0.1, 7000, 250)
 
 
 def _next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
