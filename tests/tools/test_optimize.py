@@ -90,15 +90,19 @@ def test_latency_is_recorded_when_asked() -> None:
     assert result.records[-1].measured["latency_ms"] == len(result.graph.nodes)
 
 
-@pytest.mark.parametrize("name", ["write_a_pass.py", "optimize_minilm.py"])
-def test_examples_run_as_they_are(name: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, str(tmp_path)] if "minilm" in name else [sys.executable, EXAMPLES / name],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("write_a_pass.py", (), "square-relu: matched 1, applied 1, bit-equal: True"),
+        ("optimize_minilm.py", (".",), "weights 90.9 ->"),
+        ("find_outliers.py", ("zoo:stdlib-lm",), "zoo:stdlib-lm: 25 edges, 16384 tokens, 1 run"),
+    ],
+)
+def test_examples_run_as_they_are(name: str, arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, EXAMPLES / name, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert ("square-relu: matched 1, applied 1, bit-equal: True" if "pass" in name else "weights 90.9 ->") in done.stdout
+    assert said in done.stdout
+
+
+def test_a_pass_of_ones_own_fits_on_a_screen() -> None:
     assert len((EXAMPLES / "write_a_pass.py").read_text().splitlines()) < 40
