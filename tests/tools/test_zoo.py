@@ -82,9 +82,11 @@ def test_what_calibrates_is_not_what_judges():
 
 
 def test_a_module_and_its_tests_are_on_the_same_side():
+    """Whatever the Python that runs this comes with: some leave the tests out."""
     training, held_out = stdlib_lm.corpus()
-    assert "linecache.py" in held_out and "test/test_linecache.py" in held_out
-    assert len(training) > 20 * len(held_out) and not set(training) & set(held_out)
+    names = [{path.rpartition("/")[2].removeprefix("test_") for path in side} - {"__init__.py"} for side in (training, held_out)]
+    assert "linecache.py" in held_out and not names[0] & names[1]
+    assert len(training) > 15 * len(held_out)
 
 
 def test_the_tokenizer_gives_back_what_it_was_given():
