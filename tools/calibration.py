@@ -63,16 +63,21 @@ def _from_file(path: Path, tokenizer: Any, batch: int, length: int) -> Iterator[
 
 
 def _arrays(path: Path) -> list[dict[str, Tensor]]:
+    arrays = read_npz(path)
+    if not arrays or any(a.dim() < 2 for a in arrays.values()):
+        raise InputFileError(f"{path} must hold arrays named like the inputs, each [batches, batch, ...]")
+    return [{name: a[i] for name, a in arrays.items()} for i in range(min(map(len, arrays.values())))]
+
+
+def read_npz(path: str | Path) -> dict[str, Tensor]:
+    """The arrays of an .npz file by name. Raises InputFileError if it is none, or would run code (pickles)."""
     import numpy
 
     try:
         with numpy.load(path, allow_pickle=False) as data:
-            arrays = {name: torch.from_numpy(data[name]) for name in data.files}
+            return {name: torch.from_numpy(data[name]) for name in data.files}
     except (OSError, ValueError) as error:
         raise InputFileError(f"{path} is not a readable .npz file: {error}") from error
-    if not arrays or any(a.dim() < 2 for a in arrays.values()):
-        raise InputFileError(f"{path} must hold arrays named like the inputs, each [batches, batch, ...]")
-    return [{name: a[i] for name, a in arrays.items()} for i in range(min(map(len, arrays.values())))]
 
 
 def _lines(path: Path) -> Iterator[Any]:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ..ir.capture import capture
 from ..ir.errors import InputFileError, UsageError, near
 from ..ir.graph import Graph, quiet
+from .calibration import read_npz
 from .score import Run
 from .zoo import ZOO, ZooModel, load_zoo, offline
 
@@ -175,13 +176,7 @@ def _given(spec: str | None) -> dict[str, Tensor]:
     if not spec:
         return {}
     if spec.endswith(".npz"):
-        import numpy
-
-        try:
-            with numpy.load(spec, allow_pickle=False) as data:
-                return {k: torch.from_numpy(data[k]) for k in data.files}
-        except (OSError, ValueError) as error:
-            raise InputFileError(f"{spec} is not a readable .npz file: {error}") from error
+        return read_npz(spec)
     found = list(_INPUT.finditer(spec))
     if not found or "".join(m.group(0) for m in found) != re.sub(r"\]\s*,\s*", "]", spec):
         raise UsageError(f"--inputs {spec!r} is not 'name=dtype[2,16],...' or an .npz file")
