@@ -17,6 +17,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from . import ops as ops  # registers torch.ops.rewright
 from .call import Call, CallCodeGen
 
+Flat = tuple[Tensor, ...]
+"""The tensors of one call, in the order of `Graph.inputs`."""
+
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from .errors import InputFileError, ResourceError, UsageError
-from .graph import Graph
-
-Flat = tuple[Tensor, ...]
+from .graph import Flat, Graph
 
 
 @dataclass(frozen=True)

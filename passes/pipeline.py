@@ -11,17 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..ir.cost import Cost, cost
 from ..ir.errors import PromiseBroken, RewrightError, UsageError
-from ..ir.graph import Graph
+from ..ir.graph import Flat, Graph
 from ..ir.verify import Drift, check_structure, compare, example_inputs, first_divergence, padding_mask, tolerance
 from .cleanup import CANONICAL
 from .rewrite import Context, Declined, Pass
 from .statistics import Calibration, Statistics
-
-Flat = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..backends.onnx.session import Session
 from ..ir.errors import UsageError
 from ..ir.graph import Graph
 from ..ir.verify import Drift, compare, example_inputs, padding_mask
 from .bench import alternate
-from .models import Flat, Loaded, check_onnx, load_model
+from .models import Flat, Loaded, check_onnx, load_model, random_input
 
 Run = Callable[[Flat], Sequence[Any]]
 
@@ -66,7 +65,14 @@ def sized_inputs(graph: Graph | None, spec: str, shape: str) -> Flat:
     made = []
     for node in graph.inputs:
         value = node.meta["val"]
-        made.append(_fill(str(node.target), [chosen[s.node.expr] if isinstance(s, torch.SymInt) else int(s) for s in value.shape], value.dtype))
+        made.append(
+            random_input(
+                str(node.target),
+                [chosen[s.node.expr] if isinstance(s, torch.SymInt) else int(s) for s in value.shape],
+                value.dtype,
+                torch.Generator().manual_seed(0),
+            )
+        )
     return tuple(made)
 
 
@@ -87,12 +93,5 @@ def _onnx_inputs(path: Path, sizes: dict[str, int]) -> Flat:
             raise UsageError(f"{path}: input {value.name} is {value.type}, which can't be filled by itself; give --inputs data.npz")
         names = list(sizes)
         shape = [d if isinstance(d, int) else sizes.get(d, sizes[names[min(i, len(names) - 1)]]) for i, d in enumerate(value.shape)]
-        made.append(_fill(value.name, shape, dtypes[value.type]))
+        made.append(random_input(value.name, shape, dtypes[value.type], torch.Generator().manual_seed(0)))
     return tuple(made)
-
-
-def _fill(name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    if "mask" in name or dtype == torch.bool:
-        return torch.ones(shape, dtype=dtype)
-    return torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.randint(0, 100, shape, generator=generator).to(dtype)

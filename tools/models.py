@@ -15,12 +15,10 @@ from torch.utils import _pytree as pytree
 
 from ..ir.capture import capture
 from ..ir.errors import InputFileError, UsageError, near
-from ..ir.graph import Graph, quiet
+from ..ir.graph import Flat, Graph, quiet
 from .calibration import read_npz
 from .score import Run
 from .zoo import ZOO, ZooModel, load_zoo, offline
-
-Flat = tuple[Tensor, ...]
 
 
 @dataclass
@@ -124,14 +122,15 @@ def random_inputs(graph: Graph, seed: int = 0) -> Flat:
     made = []
     for node in graph.inputs:
         value = node.meta["val"]
-        shape = [graph.size(s) for s in value.shape]
-        if "mask" in str(node.target) or value.dtype == torch.bool:
-            made.append(torch.ones(shape, dtype=value.dtype))
-        elif value.is_floating_point():
-            made.append(torch.randn(shape, generator=generator).to(value.dtype))
-        else:
-            made.append(torch.randint(0, 100, shape, generator=generator).to(value.dtype))
+        made.append(random_input(str(node.target), [graph.size(s) for s in value.shape], value.dtype, generator))
     return tuple(made)
+
+
+def random_input(name: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    """Small random integers, unit normal floats; ones for what is called a mask."""
+    if "mask" in name or dtype == torch.bool:
+        return torch.ones(shape, dtype=dtype)
+    return torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.randint(0, 100, shape, generator=generator).to(dtype)
 
 
 def check_onnx(path: Path) -> Any:
@@ -186,10 +185,7 @@ def _given(spec: str | None) -> dict[str, Tensor]:
         if not isinstance(dtype, torch.dtype):
             raise UsageError(f"--inputs names the dtype {m['dtype']!r}; expected one like float32 or int64")
         shape = [int(s) for s in m["shape"].split(",") if s.strip()]
-        if "mask" in m["name"]:
-            made[m["name"]] = torch.ones(shape, dtype=dtype)
-        else:
-            made[m["name"]] = torch.randn(shape, dtype=dtype) if dtype.is_floating_point else torch.randint(0, 100, shape, dtype=dtype)
+        made[m["name"]] = random_input(m["name"], shape, dtype)
     return made
 
 

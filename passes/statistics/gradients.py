@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from ...ir.errors import UsageError
-from ...ir.graph import Graph
+from ...ir.graph import Flat, Graph
 
-Flat = tuple[Tensor, ...]
 Loss = Callable[[tuple, Flat], Tensor]
 """(flat outputs, flat inputs) of one sample -> scalar."""
 

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from ...ir.errors import UsageError
-from ...ir.graph import Graph
+from ...ir.graph import Flat, Graph
 from ...ir.nodes import same_shape
 from ...ir.verify import padding_mask
-
-Flat = tuple[Tensor, ...]
 
 
 class RowSelection:
