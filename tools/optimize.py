@@ -53,6 +53,8 @@ class Result:
     inputs: list[Flat] = field(default_factory=list)
     name: str = ""
     """What it was made of, such as "zoo:minilm"; `evaluate` takes its metric from there."""
+    calibration: Calibration | None = field(default=None, repr=False)
+    """The data of the passes' statistics, for `bisect`."""
 
     @property
     def module(self) -> torch.fx.GraphModule:
@@ -146,6 +148,7 @@ def optimize(
     machine = Target.load(target or plan.target)
     if plan.budget.max_metric_drop is not None and metric is None and (metric := own_metric(loaded)) is None:
         raise UsageError("the budget max_metric_drop needs metric=, a function of the module (higher is better): only zoo models have one of their own")
+    statistics = Calibration(fit, progress=progress) if fit else None
     pipeline = Pipeline(
         plan.passes,
         machine,
@@ -156,11 +159,11 @@ def optimize(
         predict=lambda g: predicted_seconds(g, machine),
         latency=latency,
         metric=metric,
-        calibration=Calibration(fit, progress=progress) if fit else None,
+        calibration=statistics,
         progress=progress,
     )
     inputs = [*loaded.inputs[:1], *held_out[:4]]
-    return Result(pipeline.run(loaded.graph, inputs), plan, inputs, loaded.name)
+    return Result(pipeline.run(loaded.graph, inputs), plan, inputs, loaded.name, statistics)
 
 
 def plan(model: Any, example_inputs: Any = None, recipe: Any = "encoder-int8", target: str | None = None) -> Result:
@@ -248,7 +251,7 @@ def bisect(result: Result, limit: float | None = None) -> Culprit | None:
     """From a bad end result to the pass, then to the layer. None when the end is within `limit` of the original."""
     if not result.inputs:
         raise UsageError("bisect re-runs the passes and needs the inputs: use the Result of `optimize`, not a loaded one")
-    return _bisect(result.outcome.original, result.outcome.passes, result.inputs, limit)
+    return _bisect(result.outcome.original, result.outcome.passes, result.inputs, limit, calibration=result.calibration)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 import rewright as rw
+from rewright.passes.rewrite import Context, GraphPass
 
 from ..passes.encoder import encoder, example
 
@@ -106,3 +108,25 @@ def test_examples_run_as_they_are(name: str, arguments: tuple[str, ...], said: s
 
 def test_a_pass_of_ones_own_fits_on_a_screen() -> None:
     assert len((EXAMPLES / "write_a_pass.py").read_text().splitlines()) < 40
+
+
+def test_bisect_gives_a_pass_the_statistics_it_requires() -> None:
+    @dataclass(frozen=True)
+    class Outlying(GraphPass):
+        """Scales every linear's weight by a number read off the statistics of its input."""
+
+        name = "outlying"
+        exact = False
+        requires = frozenset({"absmax"})
+
+        def run(self, graph: rw.Graph, context: Context) -> rw.Graph:
+            assert context.statistics is not None
+            for node in graph.find(torch.ops.aten.linear.default):
+                largest = float(context.statistics[node.args[0]].absmax.max())
+                node.args = (node.args[0], graph.add_weight(f"{node.name}_scaled", lambda w, s=1 + largest: w * s, str(node.args[1].target)), *node.args[2:])
+                context.apply(node)
+            return graph
+
+    result = rw.optimize(encoder(), example(), recipe=[Outlying()], calibration=[example(), example()])
+    culprit = rw.bisect(result)
+    assert culprit is not None and culprit.name == "outlying"
