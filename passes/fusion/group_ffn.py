@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ class GroupFFN(GraphPass):
     """
 
     groups: int = 2
+    """Equal groups of the hidden channels behind the first `outliers`."""
+    outliers: int = 0
+    """This many leading channels make a group of their own: after sort-channels those with the largest activations."""
 
     name = "group-ffn"
     exact = True  # the same products, added in another order: within fp tolerance
@@ -40,32 +44,35 @@ class GroupFFN(GraphPass):
             up = act.args[0] if isinstance(act, fx.Node) and act.op == "call_function" and op_name(act) in ELEMENTWISE else None
             if not isinstance(up, fx.Node) or up.target is not aten.linear.default:
                 continue
-            if why := why_not_on(context.target) or _why_not(graph, up, act, down, self.groups):
+            if why := why_not_on(context.target) or _why_not(graph, up, act, down, self.outliers, self.groups):
                 context.decline(down, why)
             else:
                 context.apply(down)
-                _split(graph, up, act, down, self.groups)
+                _split(graph, up, act, down, self.outliers, self.groups)
         return graph
 
 
-def _why_not(graph: Graph, up: fx.Node, act: fx.Node, down: fx.Node, groups: int) -> str | None:
+def _why_not(graph: Graph, up: fx.Node, act: fx.Node, down: fx.Node, outliers: int, groups: int) -> str | None:
     for node, reader in ((up, act), (act, down)):
         if any(user is not reader for user in node.users):
             return f"{node.name} is also read by {next(u.name for u in node.users if u is not reader)}"
     if not graph.is_weight(up.args[1]) or not graph.is_weight(down.args[1]):
         return "its weights are computed, not stored"
     width = int(up.args[1].meta["val"].shape[0])  # type: ignore[union-attr]
-    return f"its {width} hidden channels do not divide into {groups} groups" if width % groups else None
+    if outliers >= width or (width - outliers) % groups:
+        return f"its {width} hidden channels do not divide into {f'{outliers} and ' if outliers else ''}{groups} groups"
+    return None
 
 
-def _split(graph: Graph, up: fx.Node, act: fx.Node, down: fx.Node, groups: int) -> None:
+def _split(graph: Graph, up: fx.Node, act: fx.Node, down: fx.Node, outliers: int, groups: int) -> None:
     w1: Any = up.args[1]
     w2: Any = down.args[1]
     b1, b2 = argument(up, "bias"), argument(down, "bias")
-    n = int(w1.meta["val"].shape[0]) // groups
+    width = int(w1.meta["val"].shape[0])
+    starts = [*([0] if outliers else []), *range(outliers, width, (width - outliers) // groups), width]
     total = None
-    for i in range(groups):
-        rows, columns = _Slice(0, i * n, (i + 1) * n), _Slice(1, i * n, (i + 1) * n)
+    for i, (start, stop) in enumerate(pairwise(starts)):
+        rows, columns = _Slice(0, start, stop), _Slice(1, start, stop)
         wide = graph.add_weight(f"{w1.target}_group{i}", rows, str(w1.target), like=up)
         offset = None if b1 is None else graph.add_weight(f"{b1.target}_group{i}", rows, str(b1.target), like=up)
         narrow = graph.add_weight(f"{w2.target}_group{i}", columns, str(w2.target), like=down)

@@ -42,6 +42,21 @@ class Channels:
         return {**named, "count": torch.tensor(self.count)}
 
 
+class Range:
+    """min and max of every channel."""
+
+    def __init__(self, width: int) -> None:
+        self.low, self.high = torch.full((width,), torch.inf, dtype=torch.float64), torch.full((width,), -torch.inf, dtype=torch.float64)
+
+    def add(self, batch: int, rows: Tensor) -> None:
+        if len(rows):
+            self.low = torch.minimum(self.low, rows.amin(0).cpu())
+            self.high = torch.maximum(self.high, rows.amax(0).cpu())
+
+    def result(self) -> dict[str, Tensor]:
+        return {"min": self.low, "max": self.high}
+
+
 class Gram:
     """E[x x^T], symmetric, float64: products in float32 (never TF32 or bf16), at most 4096 rows at a time."""
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ...ir.errors import UsageError
 from ...ir.graph import Graph
-from .accumulators import Channels, Gram, Histogram, Influence, Reservoir, TokenAbsmax
+from .accumulators import Channels, Gram, Histogram, Influence, Range, Reservoir, TokenAbsmax
 from .gradients import WeightGradient
 from .requests import Request
 from .results import Results
@@ -17,7 +17,7 @@ from .rows import RowSelection, channels
 
 GRADIENTS = ("gradient", "gradient_gram")
 """Families that need a loss and a backward pass."""
-_ACCUMULATORS = {"channels": Channels, "token_absmax": TokenAbsmax, "histogram": Histogram, "gram": Gram}
+_ACCUMULATORS = {"channels": Channels, "present": Range, "token_absmax": TokenAbsmax, "histogram": Histogram, "gram": Gram}
 
 
 def accumulator(family: str, width: int, reservoir: int, seed: int) -> Callable[[], Any]:
@@ -71,10 +71,13 @@ class Job:
         """Take in one batch's values of `reads`."""
         if not self._accumulators:
             self._accumulators = {family: new() for family, (_, new) in self._new.items()}
-        rows = [self.selection.rows(batch, v, t, self.wanted.request.axis) for v, t in zip(values, self.token_axes)]
+        axis = self.wanted.request.axis
+        rows = [self.selection.rows(batch, v, t, axis) for v, t in zip(values, self.token_axes)]
         for family, accumulator in self._accumulators.items():
             if family == "influence":
                 accumulator.add(rows[1], rows[0])
+            elif family == "present":
+                accumulator.add(batch, values[0].movedim(axis, -1).flatten(0, -2))
             else:
                 accumulator.add(batch, rows[0])
 

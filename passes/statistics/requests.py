@@ -21,6 +21,8 @@ KINDS = {
     "mean": "channels",
     "mean_abs": "channels",
     "mean_square": "channels",
+    "present_min": "present",
+    "present_max": "present",
     "token_absmax": "token_absmax",
     "histogram": "histogram",
     "gram": "gram",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -94,7 +94,7 @@ class ValueStatistics:
     """What is known of one value. Each attribute is read when asked for; UsageError says which was not requested."""
 
     name: str
-    _statistics: Statistics
+    _statistics: Statistics = field(repr=False)  # what `_keys` say of it is a hash of all it depends on
     _keys: Mapping[str, str]
 
     def _get(self, kind: str, tensor: str | None = None) -> Tensor:
@@ -124,6 +124,16 @@ class ValueStatistics:
     def absmax(self) -> Tensor:
         """[channels]: max |x|"""
         return self._get("absmax")
+
+    @property
+    def present_min(self) -> Tensor:
+        """[channels]: min over all tokens, padding too: what a range found at run time sees."""
+        return self._get("present_min", "min")
+
+    @property
+    def present_max(self) -> Tensor:
+        """[channels]: max over all tokens, padding too."""
+        return self._get("present_max", "max")
 
     @property
     def mean(self) -> Tensor:

@@ -84,6 +84,17 @@ def test_every_channel_statistic_equals_its_definition_over_the_real_tokens(grap
         assert found.count == len(x) == sum(int(flat[1].sum()) for flat in batches)
 
 
+def test_present_ranges_count_padding_too(graph: Graph, batches: list) -> None:
+    statistics = Calibration(batches).gather(graph, linear_inputs(graph, {"present_min", "present_max", "min"}))
+    widened = 0
+    for name, found in statistics.items():
+        x = torch.cat([value.flatten(0, 1) for value in values_of(graph, batches, name)])
+        torch.testing.assert_close(found.present_min, x.amin(0), rtol=0, atol=0)
+        torch.testing.assert_close(found.present_max, x.amax(0), rtol=0, atol=0)
+        widened += int((found.present_min < found.min).sum())
+    assert widened > 0
+
+
 def test_a_gram_wider_than_one_block_of_columns_with_few_and_with_many_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     gram, seen = Gram(600), []

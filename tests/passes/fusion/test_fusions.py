@@ -112,8 +112,15 @@ def test_grouped_ffn_is_the_same_function_and_adds_its_bias_once() -> None:
     assert outcome.records[-1].applied == 1
 
 
+def test_outliers_get_a_group_of_their_own() -> None:
+    graph = run(encoder(layers=1), example(), ("group-ffn", {"groups": 2, "outliers": 8})).graph
+    widths = [n.args[1].meta["val"].shape[1] for n in graph.find(torch.ops.aten.linear.default) if "group" in str(n.args[1].target) and n.args[1].meta["val"].shape[1] in (8, 60)]
+    assert sorted(widths) == [8, 60, 60]
+
+
 def test_group_ffn_declines_an_uneven_split_and_a_hidden_layer_others_read() -> None:
     assert why(run(encoder(layers=1), example(), ("group-ffn", {"groups": 3}))) == ["its 128 hidden channels do not divide into 3 groups"]
+    assert why(run(encoder(layers=1), example(), ("group-ffn", {"outliers": 127}))) == ["its 128 hidden channels do not divide into 127 and 2 groups"]
 
     class Peeks(nn.Module):
         def __init__(self) -> None:
