@@ -45,7 +45,7 @@ class NodeCost:
     op: str
     layer: str
     dtype: torch.dtype
-    """Of the arithmetic: int8 for a quantized product, else the result's."""
+    """Of the arithmetic: int8 or float8 for a product of two quantized operands, else the result's."""
     cost: Cost
     weight_bytes: int
 
@@ -66,12 +66,14 @@ def node_costs(graph: Graph, sizes: Mapping[str, int] | None = None) -> Iterator
             continue
         written = sum(_numel(t, size) * t.element_size() for t in results)
         read = sum(_numel(t, size) * t.element_size() for n in node.all_input_nodes for t in _tensors(n.meta.get("val")))
-        if name.startswith("embedding"):  # reads the rows it returns, not the table
+        if name.startswith("embedding"):  # reads the rows it returns, not the tables
             given = arguments(node)
-            table, ids = (given[new if new in given else old].meta["val"] for new, old in (("w", "weight"), ("ids", "indices")))
-            read = _numel(results[0], size) * table.element_size() + _numel(ids, size) * ids.element_size()
+            ids = given["ids" if "ids" in given else "indices"]
+            tables = [t.meta["val"] for t in node.all_input_nodes if t is not ids]
+            rows = sum(_numel(t, size) // size(t.shape[0]) * t.element_size() for t in tables)
+            read = _numel(ids.meta["val"], size) * (rows + ids.meta["val"].element_size())
         weights = sum(graph.weight(n).nbytes for n in node.all_input_nodes if graph.is_weight(n))
-        dtype = torch.int8 if name.startswith("linear_int8") else results[0].dtype
+        dtype = _ARITHMETIC.get(name, results[0].dtype)
         yield NodeCost(node.name, name, node.meta.get("path", ""), dtype, Cost(read + written, _flops(node, name, results, size), 1), weights)
 
 
@@ -84,7 +86,7 @@ def _flops(node: fx.Node, name: str, results: list[Tensor], size: Any) -> int:
     out = _numel(results[0], size)
     operands = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
     match name:
-        case "linear" | "linear_int8_dynamic":
+        case "linear" | "linear_nbits" | "linear_int8_dynamic" | "linear_int8_static" | "linear_token" | "linear_fp8":
             return 2 * out * size(operands[0].shape[-1])
         case "mm" | "bmm" | "matmul":
             return 2 * out * size(operands[0].shape[-1])
@@ -103,6 +105,14 @@ def _flops(node: fx.Node, name: str, results: list[Tensor], size: Any) -> int:
             return 8 * out
     return out if results[0].is_floating_point() else 0
 
+
+_ARITHMETIC = {
+    "linear_int8_dynamic": torch.int8,
+    "linear_int8_static": torch.int8,
+    "linear_token": torch.int8,
+    "linear_fp8": torch.float8_e4m3fn,
+}
+"""Dtype of the product where it is not the result's."""
 
 _QKV = {"attention": ("q", "k", "v"), "multi_head_attention": ("q", "k", "v"), "scaled_dot_product_attention": ("query", "key", "value")}
 

@@ -135,4 +135,5 @@ def pack(q: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     """uint8 [..., n] -> the first `width` codes of the last axis, uint8."""
     shifts = torch.arange(8 // bits, device=packed.device) * bits
-    return ((packed.to(torch.int32)[..., None] >> shifts) & (2**bits - 1)).flatten(-2)[..., :width].to(torch.uint8)
+    spread = torch.bitwise_right_shift(packed.to(torch.int32)[..., None], shifts)  # not >>, which the ONNX exporter lacks
+    return (spread & (2**bits - 1)).flatten(-2)[..., :width].to(torch.uint8)

@@ -12,9 +12,12 @@ from ...ir.errors import InputFileError
 
 
 class Session:
-    """An ONNX model in onnxruntime on the CPU. `session(flat)` takes and gives flat tensors in the model's own order."""
+    """An ONNX model in onnxruntime on the CPU. `session(flat)` takes and gives flat tensors in the model's own order.
 
-    def __init__(self, model: Path | bytes, threads: int = 1, profile: Path | None = None) -> None:
+    round_activations: False keeps the activations of blocked DequantizeLinear + MatMul in float, which onnxruntime rounds to 8 bits.
+    """
+
+    def __init__(self, model: Path | bytes, threads: int = 1, profile: Path | None = None, round_activations: bool = True) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -22,6 +25,8 @@ class Session:
         options.log_severity_level = 3
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        if not round_activations:
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         try:
             self.session = onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own classes for missing, damaged and unsupported models

@@ -4,8 +4,13 @@ from . import add_layer_norm as add_layer_norm
 from . import add_rms_norm as add_rms_norm
 from . import attention as attention
 from . import embedding_int8 as embedding_int8
+from . import embedding_nbits as embedding_nbits
 from . import grouped_linear as grouped_linear
+from . import linear_fp8 as linear_fp8
 from . import linear_int8_dynamic as linear_int8_dynamic
+from . import linear_int8_static as linear_int8_static
+from . import linear_nbits as linear_nbits
+from . import linear_token as linear_token
 from . import multi_head_attention as multi_head_attention
 from . import quick_gelu as quick_gelu
 from . import rms_norm as rms_norm
@@ -17,8 +22,13 @@ OPS = (
     "add_rms_norm",
     "attention",
     "embedding_int8",
+    "embedding_nbits",
     "grouped_linear",
+    "linear_fp8",
     "linear_int8_dynamic",
+    "linear_int8_static",
+    "linear_nbits",
+    "linear_token",
     "multi_head_attention",
     "quick_gelu",
     "rms_norm",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..formats import ACTIVATIONS, fake_quantize
 from ._semantic import semantic
 
 
@@ -17,17 +18,7 @@ def linear_int8_dynamic(x: Tensor, w: Tensor, scale: Tensor, b: Tensor | None = 
     The rounding is that of ONNX DynamicQuantizeLinear, so torch and onnxruntime agree but for ties. Gradients pass
     straight through the rounding (Bengio et al. 2013), so a quantized module can be fine-tuned.
     """
-    return torch.nn.functional.linear(quantized_dynamic(x), w.to(x.dtype) * scale.to(x.dtype)[:, None], b)
-
-
-def quantized_dynamic(x: Tensor) -> Tensor:
-    """x rounded to 256 levels between min(x, 0) and max(x, 0); 0 stays 0 exactly."""
-    low, high = x.detach().amin().clamp(max=0), x.detach().amax().clamp(min=0)
-    step = (high - low) / 255
-    step = torch.where(step == 0, 1.0, step)
-    zero = torch.round(-low / step)
-    rounded = (torch.clamp(torch.round(x / step) + zero, 0, 255) - zero) * step
-    return x + (rounded - x).detach()
+    return torch.nn.functional.linear(fake_quantize(x, ACTIVATIONS["int8-dynamic"]), w.to(x.dtype) * scale.to(x.dtype)[:, None], b)
 
 
 def cases(dtype: torch.dtype, device: str) -> Iterator[tuple]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rewright.ir import ops
 from rewright.ir.capture import capture
 from rewright.ir.cost import Cost, cost, node_costs
 from rewright.ir.graph import Graph
@@ -55,6 +56,51 @@ def test_a_node_knows_its_layer_and_weight_bytes(graph: Graph) -> None:
 def test_an_embedding_reads_rows_not_the_table() -> None:
     graph = capture(nn.Embedding(1000, 8).eval(), (torch.zeros(2, 3, dtype=torch.long),))
     assert cost(graph).bytes == 2 * (6 * 8 * 4) + 6 * 8
+
+
+class Nibbles(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("w", torch.zeros(1000, 2, 8, dtype=torch.uint8))
+        self.register_buffer("scale", torch.ones(1000, 2))
+        self.register_buffer("out", torch.zeros(10, 2, 8, dtype=torch.uint8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.ops.rewright.embedding_nbits(ids, self.w, self.scale, None, 4, 16)
+        return torch.ops.rewright.linear_nbits(x, self.out, self.scale[:10], None, None, 4, 16)
+
+
+def test_codes_of_4_bits_are_half_a_byte_and_their_products_those_of_floats() -> None:
+    found = {c.op: c for c in node_costs(capture(Nibbles().eval(), (torch.zeros(2, 3, dtype=torch.long),)))}
+    assert found["embedding_nbits"].cost.bytes == 6 * (8 + 32 / 2 + 2 * 4) + 6 * 32 * 4
+    product = found["linear_nbits"]
+    assert product.cost == Cost(bytes=4 * 6 * 32 + 10 * 32 // 2 + 10 * 2 * 4 + 4 * 6 * 10, flops=2 * 6 * 10 * 32, launches=1)
+    assert product.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [("linear_int8_dynamic", torch.int8), ("linear_int8_static", torch.int8), ("linear_token", torch.int8), ("linear_fp8", torch.float8_e4m3fn)],
+)
+def test_a_product_of_two_quantized_operands_counts_in_their_arithmetic(op: str, dtype: torch.dtype) -> None:
+    case = next(getattr(ops, op).cases(torch.float32, "cpu"))
+    others = case[1:]
+    graph = capture(_Call(op, others), (case[0],))
+    (found,) = node_costs(graph)
+    assert found.dtype == dtype
+    assert found.cost.flops == 2 * case[0].numel() * others[-1 if op != "linear_token" else -2].numel()
+
+
+class _Call(nn.Module):
+    def __init__(self, op: str, others: tuple) -> None:
+        super().__init__()
+        self.op, self.others = op, others
+        for i, other in enumerate(others):
+            if isinstance(other, Tensor):
+                self.register_buffer(f"_{i}", other)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(torch.ops.rewright, self.op)(x, *(getattr(self, f"_{i}") if isinstance(o, Tensor) else o for i, o in enumerate(self.others)))
 
 
 def test_attention_counts_both_products() -> None:
