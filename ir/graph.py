@@ -153,7 +153,7 @@ class Graph:
 
     def _register(self, name: str, value: Tensor, like: fx.Node | None) -> fx.Node:
         owner, leaf = owner_of(self.module, name, create=True)
-        if value.is_floating_point():
+        if value.is_floating_point() and value.dtype.itemsize > 1:  # an 8-bit float is a code, nothing to train
             owner.register_parameter(leaf, nn.Parameter(value, requires_grad=True))
         else:
             owner.register_buffer(leaf, value)

@@ -29,6 +29,11 @@ PASSES = {
     "group-ffn": "fusion.group_ffn:GroupFFN",
     "merge-linears": "fusion.merge_linears:MergeLinears",
     "gelu-to-silu": "approximation.gelu_to_silu:GELUToSiLU",
+    "mixed-precision": "quantization.mixed_precision:MixedPrecision",
+    "outlier-migration": "outliers.outlier_migration:OutlierMigration",
+    "rotate-residual": "outliers.rotate_residual:RotateResidual",
+    "rotate-values": "outliers.rotate_values:RotateValues",
+    "sort-channels": "outliers.sort_channels:SortChannels",
     "quantize-embedding": "quantization.quantize_embedding:QuantizeEmbedding",
     "quantize-linear": "quantization.quantize_linear:QuantizeLinear",
 }

@@ -236,7 +236,7 @@ class _Run:
             metric_drop = self.metric - record.measured["metric"]
         if not step.exact:
             return self.pipeline.budget.why_not(from_original, metric_drop)
-        here = compare(lambda flat: self.outputs[id(flat)], lambda flat: self._new_outputs[id(flat)], self.inputs)
+        here = compare(lambda flat: self.outputs[id(flat)], lambda flat: self._new_outputs[id(flat)], self.inputs, self.valid)
         record.measured["step_error"] = 0.0 if here.bit_equal else here.relative_error
         limit = tolerance(before)
         if here.relative_error <= limit:
@@ -317,7 +317,8 @@ def _old_objects_kept() -> Iterator[None]:
 
 def options_of(step: Pass) -> dict[str, Any]:
     """A pass's options as plain data, ready for a recipe."""
-    return {f.name: getattr(step, f.name) for f in dataclasses.fields(step)} if dataclasses.is_dataclass(step) else {}
+    options = {f.name: getattr(step, f.name) for f in dataclasses.fields(step)} if dataclasses.is_dataclass(step) else {}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
 
 
 def _difference(before: Graph, after: Graph, predict: Callable[[Graph], float] | None) -> dict[str, float]:

@@ -18,7 +18,7 @@ from ...ir.errors import PromiseBroken, UsageError
 from ...ir.files import replacing
 from ...ir.graph import Graph, graph_module, quiet
 from ...ir.verify import Drift, compare, example_inputs, padding_mask, rounding_sensitivity
-from . import constants
+from . import concat, constants
 from .linear_nbits import unrounded
 from .session import Session
 
@@ -159,6 +159,7 @@ def to_onnx_ir(graph: Graph, profile: Profile = "ort", opset: int = 20) -> Any:
     model = program.model
     constants.fold(model)
     constants.separate(model)
+    concat.quantize_parts(model)
     _name_dims(model, graph)
     _drop_traces(model)
     model.producer_name, model.doc_string = "rewright", None

@@ -134,6 +134,8 @@ class ChannelTracer:
         if not isinstance(node.meta["val"], Tensor):
             return _Traced(why=f"{node.name} has several outputs")
         shape, axis = self.at.shape(node), channel_axis(node)
+        if not shape:
+            return _Traced(why=f"{node.name} is one number")
         number = len(self.producers)
         self.producers.append(node)
         codes = torch.arange(shape[axis]) + number * _SHIFT

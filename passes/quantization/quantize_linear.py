@@ -1,63 +1,67 @@
-"""linear(x, w, b) -> linear_int8_dynamic(x, int8 w, scale, b): four times smaller weights, integer products."""
+"""linear(x, w, b) -> a linear on codes of 8 bits and fewer: smaller weights and, where x is quantized too, integer products."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from ...ir.pattern import Match
-from ..rewrite import Builder, Rewrite
+from ...ir.graph import Graph
+from ..rewrite import Context
+from ..statistics import Request
+from .linear_options import Inserter, LinearOptions
+from .scheme import Activations, Scheme, Weights, scheme
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class QuantizeLinear(Rewrite):
-    """Quantize linear layers: weights once, activations as they come.
+class QuantizeLinear(LinearOptions):
+    """Quantize linear layers: weights once; activations as they come, in a calibrated range, or not at all.
 
-    Before:  linear(x, w, b)      After:  linear_int8_dynamic(x, round(w / scale), scale, b)
-    Weights: symmetric per output channel, scale = max|w| / 127, codes -127..127. Activations: 8 bits over each tensor's
-    present range. Source: specs/quant_shiftadd.md 1. Lossy: on MiniLM all 37 linears cost the mean embedding cosine
-    about 0.004 (README's table, from a run). Declines weights another call reads too (tied embeddings), computed
-    weights, half-precision layers, and layers below `min_weights`.
+    Before:  linear(x, w, b)      After:  linear_int8_dynamic(x, codes, scale, b), or the op of another pair of formats:
+      int8-channel / int8-dynamic             linear_int8_dynamic    one range for all of x, as it comes
+      int8-channel / int8-static              linear_int8_static     one range for all of x, from calibration
+      int{8,6,4}-channel / int{8,6,4}-token   linear_token           a range a token, as it comes
+      int{8,4}-group / none                   linear_nbits           weights only, a scale and a zero point a group
+      int{8,4}-channel / none                 linear_nbits           weights only, a scale a row
+      fp8-channel / fp8-token                 linear_fp8             float8 E4M3, a scale a row and a token
+    Algorithms: "rtn" rounds to nearest; "hqq" moves the grid to lower a p-norm of the error (no data); "gptq" lets later
+    channels make up for the rounding of earlier ones (calibration's Gram). specs/quant_shiftadd.md 1, 3.13, 3.14, 3.17.
+    Declines computed weights, weights other calls read too unless tied = "copy", half precision where activations have one 8-bit
+    range, sums that could overflow 32 bits, layers below `min_weights`, and what `only` and `skip` leave out.
+    Lossy: on MiniLM all 37 linears in int8-channel / int8-dynamic cost the mean embedding cosine about 0.004 (README's table).
     """
 
-    weights: Literal["int8-channel"] = "int8-channel"
-    activations: Literal["int8-dynamic"] = "int8-dynamic"
-    min_weights: int = 4096
-    """Layers with fewer weights stay: quantizing their input costs more than their product."""
+    weights: Weights = "int8-channel"
+    activations: Activations = "int8-dynamic"
 
     name = "quantize-linear"
     exact = False
 
-    def pattern(self, op: Any, x: Any, w: Any, b: Any) -> Any:
-        return op.linear(x, w, b)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scheme(self.weights, self.activations)
 
-    def why_not(self, m: Match) -> str | None:
-        if not m.graph.is_weight(m.w) or m.b is not None and not m.graph.is_weight(m.b):
-            return "its weight is computed, not stored"
-        weight = m.w.meta["val"]
-        if weight.dtype != torch.float32:
-            return f"its weight is {weight.dtype}; 8-bit products pay against float32"
-        if len(m.w.users) > 1:
-            return f"its weight {m.w.target} is also read by {next(u.name for u in m.w.users if u is not m.anchor)}"
-        if weight.numel() < self.min_weights:
-            return f"its {weight.numel()} weights are fewer than min_weights = {self.min_weights}"
-        return None
+    @property
+    def scheme(self) -> Scheme:
+        """The formats and the op."""
+        return scheme(self.weights, self.activations)
 
-    def rewrite(self, op: Builder, m: Match) -> Any:
-        scale = op.weight(f"{m.w.target}_scale", channel_scales, m.w)
-        codes = op.weight(f"{m.w.target}_int8", channel_codes, m.w)
-        return op.linear_int8_dynamic(m.x, codes, scale, m.b)
+    @property
+    def requires(self) -> frozenset[str]:  # type: ignore[override]  # what the options need: nothing for rtn and hqq with activations as they come
+        return self.kinds(self.scheme)
 
+    def requests(self, graph: Graph) -> list[Request]:
+        return self.requests_for(graph, [self.scheme])
 
-def channel_scales(w: Tensor) -> Tensor:
-    """[out, in] -> [out]: the step of symmetric int8 codes; 1 for a row of zeros."""
-    step = torch.linalg.vector_norm(w, ord=float("inf"), dim=1) / 127  # max |w| without a copy of w
-    return torch.where(step == 0, 1.0, step)
-
-
-def channel_codes(w: Tensor) -> Tensor:
-    """[out, in] -> int8 [out, in] in -127..127, rounded half to even."""
-    return (w / channel_scales(w)[:, None]).round_().clamp_(-127, 127).to(torch.int8)  # one copy of w at a time
+    def run(self, graph: Graph, context: Context) -> Graph:
+        inserter, linears = Inserter(graph, context), graph.find(aten.linear.default)
+        whys = {node: self.why_not(graph, node, self.scheme) or context.ignored(node) for node in linears}
+        self.note_too_wide(graph, [node for node, why in whys.items() if not why])
+        for node, why in whys.items():
+            if why:
+                context.decline(node, why)
+            else:
+                inserter.insert(node, self.quantizer(node, self.scheme, context.statistics))
+        return graph

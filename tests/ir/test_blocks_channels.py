@@ -144,3 +144,17 @@ def test_channels_that_differ_from_token_to_token_are_refused() -> None:
     graph = canonical(Staggered(), torch.randn(2, 3, 4))
     last = graph.find(torch.ops.aten.linear.default)[-1]
     assert origin(graph, last.args[0]) == f"the channels of {last.args[0]} differ from place to place"  # type: ignore[arg-type]
+
+
+def test_a_sum_over_everything_is_one_number_without_channels() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x * torch.sin(x.sum()))
+
+    graph = canonical(Model(), torch.randn(2, 8))
+    (linear,) = graph.find(torch.ops.aten.linear.default)
+    assert origin(graph, linear.args[0]) == "no channel of mul comes from a projection"  # type: ignore[arg-type]

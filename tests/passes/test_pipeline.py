@@ -159,7 +159,7 @@ def test_every_pass_leaves_a_whole_record(graph: Graph) -> None:
     assert quantized.applied == 6
     assert quantized.layers == [f"blocks.{i}.{x}" for i in range(3) for x in ("up", "down")]
     assert quantized.predicted["weight_bytes"] == outcome.graph.weight_bytes() - outcome.original.weight_bytes() < 0
-    assert quantized.options == {"weights": "int8-channel", "activations": "int8-dynamic", "min_weights": 0}
+    assert quantized.options.items() >= {"weights": "int8-channel", "activations": "int8-dynamic", "min_weights": 0}.items()
     assert 0 < quantized.measured["relative_error"] < 0.1
     assert outcome.records[-1].measured == quantized.measured  # nothing changed since
     assert outcome.total is not None
@@ -181,7 +181,7 @@ def test_a_canonical_graph_is_not_brought_to_canonical_form_again(graph: Graph) 
 def test_decliners_say_why(graph: Graph) -> None:
     [record], _ = run(graph, QuantizeLinear(min_weights=10_000))
     assert (record.applied, record.matched) == (0, 6)
-    assert {d.why for d in record.declined} == {"its 512 weights are fewer than min_weights = 10000"}
+    assert {d.why for d in record.declined} == {"its 512 weights are fewer than min_weights = 10,000"}
 
 
 def test_ignored_layers_are_declined_and_named(graph: Graph) -> None:

@@ -92,7 +92,7 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for(name: str) -> None:
             '[[pass]]\nname = "drop-no-ops"\n[[pass]]\nname = "quantize-linear"\nmin_weights = "many"',
             r"text: pass\[1\] \(quantize-linear\).min_weights: .*got 'many'",
         ),
-        ('[[pass]]\nname = "quantize-linear"\nweights = "int7"', r"text: pass\[0\] \(quantize-linear\).weights: input should be 'int8-channel', got 'int7'"),
+        ('[[pass]]\nname = "quantize-linear"\nweights = "int7"', r"text: pass\[0\] \(quantize-linear\).weights: input should be 'int8-channel', .* got 'int7'"),
         ('[[pass]]\nname = "drop-no-ops"\nrequire_match = "perhaps"', r"text: pass\[0\].require_match: .*got 'perhaps'"),
         ("target = \n[[pass\n", "the recipe text is not valid TOML: .*line 1"),
         ("target = 'a'\ntarget = 'b'", "not valid TOML"),
