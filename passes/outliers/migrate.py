@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from ...ir.blocks.absorbers import Absorber
-from ...ir.blocks.channel_constants import Constant
-from ...ir.blocks.edges import Edge
+from ...ir.blocks.channel_constants import ChannelConstants, Constant, channel_constants
+from ...ir.blocks.edges import Edge, Fork
 from ...ir.errors import UsageError
 from ...ir.graph import Graph
-from ...ir.nodes import argument, schema
+from ...ir.nodes import argument, same_shape, schema
 
 aten, ours = torch.ops.aten, torch.ops.rewright
 
@@ -148,11 +148,28 @@ def _insert(graph: Graph, edge: Edge, way: Road, s: Tensor | None, z: Tensor | N
 
 
 def _restore(graph: Graph, edge: Edge, s: Tensor | None, z: Tensor | None) -> None:
-    """X = s X~ + z for everybody else."""
-    steps = [(op, vector, what) for op, vector, what in ((aten.mul.Tensor, s, "unscale"), (aten.add.Tensor, z, "unshift")) if vector is not None]
+    """X = s X~ + z for everybody else; where that is a sum with what a linear makes, z goes into its bias."""
+    unscale, unshift = [(aten.mul.Tensor, s, "unscale")] if s is not None else [], [(aten.add.Tensor, z, "unshift")] if z is not None else []
     for fork in edge.forks:
-        if fork.to_others:
-            _redirect(graph, edge, fork.value, fork.axis, fork.to_others, steps)
+        folded = []
+        for user in fork.to_others:
+            if z is not None and (linear := _addend(user, fork)) is not None:
+                _change(graph, linear, Constant("bias", 0, 0.0), _PerChannel(0, subtract=-z), [])
+                folded.append(user)
+        for users, steps in ((tuple(folded), unscale), (tuple(u for u in fork.to_others if u not in folded), [*unscale, *unshift])):
+            if users and steps:
+                _redirect(graph, edge, fork.value, fork.axis, users, steps)
+
+
+def _addend(node: fx.Node, fork: Fork) -> fx.Node | None:
+    """The linear, with a bias of its own or none, whose output a sum (and nothing else) adds to a fork's value of the same shape."""
+    if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2 or fork.axis != fork.value.meta["val"].dim() - 1:
+        return None
+    other: Any = node.args[1] if node.args[0] is fork.value else node.args[0]
+    if not isinstance(other, fx.Node) or other.target is not aten.linear.default or len(other.users) != 1:
+        return None
+    found = channel_constants(other)
+    return other if isinstance(found, ChannelConstants) and same_shape(other.meta["val"].shape, fork.value.meta["val"].shape) else None
 
 
 def _redirect(graph: Graph, edge: Edge, value: fx.Node, axis: int, users: tuple[fx.Node, ...], steps: list[tuple[Any, Tensor, str]]) -> None:

@@ -57,12 +57,12 @@ class Observed:
 def observe(graph: Graph, edge: Edge, seen: ValueStatistics, stored: Mapping[str, Tensor] | None, *, ties: bool, pot: bool, kinds: frozenset[str]) -> Observed:
     """What is known of an edge. Its weights are read as they are now, so that edits of other edges count.
 
-    stored: the data of a graph without; ties: whether tied channels get common numbers; kinds: statistics there are beside min and max.
+    stored: the data of a graph without; ties: whether tied channels get common numbers; kinds: statistics there are beside the range.
     Raises UsageError when a weight has no data.
     """
     weights = [_matrix(graph, node, stored or {}) for node in edge.linears]
     absmax = torch.stack([w.abs().amax(0) for w in weights]).amax(0).double()
-    low, high, mean_abs = seen.min, seen.max, seen.mean_abs if "mean_abs" in kinds else None
+    low, high, mean_abs = seen.present_min, seen.present_max, seen.mean_abs if "mean_abs" in kinds else None
     if ties:
         low, high, absmax = tied(low, edge.ties, "amin"), tied(high, edge.ties, "amax"), tied(absmax, edge.ties, "amax")
         mean_abs = None if mean_abs is None else tied(mean_abs, edge.ties, "sum")

@@ -12,13 +12,13 @@ from torch import Tensor, fx
 from ...ir.formats import Grid, grid
 from ...ir.graph import Graph
 from ...ir.nodes import argument
+from ..made import Make, add_made
 from ..statistics import ValueStatistics
 from .affine_correction import affine_correction
 from .clip import clipped_grid
 from .codes import Quantized, as_nbits, as_rows, blocks, rounded
 from .gptq import DAMP, gptq_codes
 from .hqq import hqq_grid
-from .made import Make, add_made
 from .scheme import Scheme
 
 Algorithm = Literal["rtn", "hqq", "gptq"]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...ir.formats import WEIGHTS, Format
 from ...ir.pattern import Match
+from ..made import add_made
 from ..rewrite import Builder, Rewrite
 from .codes import as_nbits, as_rows
-from .made import add_made
 from .rtn import rtn
 from .scheme import SMALLEST_GROUP, check_group_size
 from .stored import Tied, note_copy, why_not_stored

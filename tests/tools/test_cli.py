@@ -76,13 +76,13 @@ def test_the_resolved_recipe_is_accepted_back(capsys, tmp_path: Path) -> None:
     run(capsys, "optimize", "py:my_models:small", "-p", "group-ffn:groups=4", "-o", "result")
     code, out, _ = run(capsys, "optimize", "py:my_models:small", "-r", "result/recipe.resolved.toml", "--json")
     assert code == 0
-    assert json.loads(out)["passes"][-1]["options"] == {"groups": 4}
+    assert json.loads(out)["passes"][-1]["options"] == {"groups": 4, "outliers": 0}
 
 
 def test_set_overrides_a_recipe(capsys, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text('[[pass]]\nname = "group-ffn"\n')
     _, out, _ = run(capsys, "optimize", "py:my_models:small", "-r", "r.toml", "--set", "group-ffn.groups=8", "--json")
-    assert json.loads(out)["passes"][-1]["options"] == {"groups": 8}
+    assert json.loads(out)["passes"][-1]["options"] == {"groups": 8, "outliers": 0}
 
 
 def test_a_broken_budget_is_undone_and_exits_4(capsys, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from rewright.ir.cost import op_name
 from rewright.passes.approximation.gelu_to_silu import fit
 from rewright.passes.pipeline import Pipeline
 from rewright.passes.recipe import make_pass
+from rewright.passes.statistics import Calibration
 from rewright.tools.models import as_flat
 from rewright.tools.optimize import capture
 
@@ -72,3 +73,21 @@ def test_refuses_an_input_of_unknown_distribution_and_a_gelu_others_read() -> No
     assert record.applied == 0
     assert "read elsewhere too" in record.declined[0].why
     assert "its distribution is not known" in record.declined[1].why
+
+
+def test_a_calibrated_fit_makes_up_in_the_second_layer_for_what_the_first_lost() -> None:
+    model = encoder()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.up.weight *= 3
+            layer.norm1.bias.normal_(0, 0.3)
+    graph = capture(model, (), example())
+    generator = torch.Generator().manual_seed(0)
+    batches = [{**example(), "input_ids": torch.randint(0, 100, example()["input_ids"].shape, generator=generator)} for _ in range(40)]
+    flats = [as_flat(graph, b) for b in batches]
+    drift = {}
+    for how in ("normal", "calibration"):
+        outcome = Pipeline([make_pass("gelu-to-silu", {"fit": how})], calibration=Calibration(flats[:-2])).run(graph, flats[-2:])
+        assert outcome.records[-1].applied == 2
+        drift[how] = 1 - outcome.records[-1].measured["cosine"]
+    assert drift["calibration"] < 0.5 * drift["normal"]

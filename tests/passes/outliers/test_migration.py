@@ -138,8 +138,8 @@ def test_post_norm_feeds_the_residual_sum_as_well(explicit) -> None:
     if explicit == "linear":  # both norms and GELU, an operation each for all its linears; v takes both
         assert added == {"sub": 3, "mul": 3, "add": 0, "layer_norm": 0}
         assert len(done.done) == 4
-    else:  # two norms restored for the sums
-        assert added == {"sub": 0, "mul": 2, "add": 2, "layer_norm": 0}
+    else:  # two norms restored for the sums, whose other operands' biases take the shift
+        assert added == {"sub": 0, "mul": 2, "add": 0, "layer_norm": 0}
         assert [e.site for e, *_ in done.done] == ["norm-linear", "value-output", "norm-linear"]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from ...ir.graph import Graph
+from ..ir.graph import Graph
 
 Make = Callable[..., dict[str, Tensor]]
 
