@@ -134,7 +134,8 @@ class Pipeline:
         steps += [(p, False) for p in self.passes]
         if self.calibration is None and (needy := next((p for p, _ in steps if p.requires), None)):
             kinds = ", ".join(sorted(needy.requires))
-            raise UsageError(f"{needy.name} needs statistics ({kinds}) and there is no calibration data; give some: calibration=Calibration(batches)")
+            give = "--calibration FILE on the command line, calibration=batches in rewright.optimize, calibration=Calibration(batches) in a Pipeline"
+            raise UsageError(f"{needy.name} needs statistics ({kinds}) and there is no calibration data; give some: {give}")
         for i, (step, canonical) in enumerate(steps):
             self.progress(step.name, i, len(steps))
             run.step(step, canonical, [p for p, _ in steps[i:] if p.requires])

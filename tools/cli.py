@@ -30,6 +30,8 @@ RecipeName = Annotated[str | None, typer.Option("-r", "--recipe", help="Shipped 
 PassNames = Annotated[list[str] | None, typer.Option("-p", "--pass", help="PASS[:option=value,...]; repeat for several.")]
 TargetName = Annotated[str | None, typer.Option(help="cpu, h200, a100, cuda:sm_90 or a .toml file.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="pass.option=value, over the recipe's.")]
+CalibrationFile = Annotated[str | None, typer.Option(help="Batches of inputs: .npz (leading axis of batches), .jsonl or .txt.")]
+Tokenizer = Annotated[str | None, typer.Option(help="For calibration text: a tokenizer's folder or tokenizer.json.")]
 
 
 @app.command()
@@ -41,8 +43,8 @@ def optimize(
     target: TargetName = None,
     inputs: Inputs = None,
     settings: Settings = None,
-    calibration: Annotated[str | None, typer.Option(help="Batches of inputs: .npz (leading axis of batches), .jsonl or .txt.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="For calibration text: a tokenizer's folder or tokenizer.json.")] = None,
+    calibration: CalibrationFile = None,
+    tokenizer: Tokenizer = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Module path no lossy pass may touch.")] = None,
     profile: Annotated[str, typer.Option(help="ONNX operators: ort (com.microsoft where faster) or pure.")] = "ort",
     opset: Annotated[int | None, typer.Option(help="ONNX opset of an .onnx output; default 20, or 23 where the Attention operator helps.")] = None,
@@ -57,9 +59,7 @@ def optimize(
     if out is not None:
         _check_out(out)
     with present.progress() as bar:
-        loaded = _load(model, inputs)
-        loaded.inputs += _more(loaded, calibration, tokenizer)
-        result = run(loaded, recipe=plan, target=target, verify=verify, ignore=ignore or (), progress=bar)
+        result = run(_load(model, inputs, calibration, tokenizer), recipe=plan, target=target, verify=verify, ignore=ignore or (), progress=bar)
         written = _write(result, out, profile, opset) if out is not None else None
     payload = {
         "model": model,
@@ -84,6 +84,8 @@ def plan(
     target: TargetName = None,
     inputs: Inputs = None,
     settings: Settings = None,
+    calibration: CalibrationFile = None,
+    tokenizer: Tokenizer = None,
     as_json: Json = False,
 ) -> None:
     """A dry run: what would match, be declined and why, and what it is predicted to buy. Writes nothing."""
@@ -92,7 +94,7 @@ def plan(
 
     chosen = _recipe(recipe, passes, settings)
     with present.progress() as bar:
-        result = run(_load(model, inputs), recipe=chosen, target=target, verify=False, progress=bar)
+        result = run(_load(model, inputs, calibration, tokenizer), recipe=chosen, target=target, verify=False, progress=bar)
     _print(present.plan_payload(result, target or chosen.target), as_json, lambda: present.plan(result, target or chosen.target))
 
 
@@ -116,11 +118,19 @@ def inspect(
 
 
 @app.command()
-def explain(model: Model, name: Annotated[str, typer.Argument(help="Pass name.")], inputs: Inputs = None, most: int = 5, as_json: Json = False) -> None:
+def explain(
+    model: Model,
+    name: Annotated[str, typer.Argument(help="Pass name.")],
+    inputs: Inputs = None,
+    calibration: CalibrationFile = None,
+    tokenizer: Tokenizer = None,
+    most: int = 5,
+    as_json: Json = False,
+) -> None:
     """Where a pass applies in MODEL, what it declines and why, and what came closest to matching."""
     from .optimize import explain as run
 
-    found = run(_canonical(model, inputs), name, most)
+    found = run(_load(model, inputs, calibration, tokenizer), name, most)
     _print(
         {"name": found.name, "applied": found.applied, "declined": [vars(d) for d in found.declined], "misses": [str(m) for m in found.misses]},
         as_json,
@@ -219,6 +229,8 @@ def bisect(
     passes: PassNames = None,
     inputs: Inputs = None,
     settings: Settings = None,
+    calibration: CalibrationFile = None,
+    tokenizer: Tokenizer = None,
     limit: float | None = None,
     as_json: Json = False,
 ) -> None:
@@ -226,7 +238,7 @@ def bisect(
     from .optimize import bisect as run
     from .optimize import optimize as rewrite
 
-    result = rewrite(_load(model, inputs), recipe=_recipe(recipe, passes, settings), verify=False)
+    result = rewrite(_load(model, inputs, calibration, tokenizer), recipe=_recipe(recipe, passes, settings), verify=False)
     found = run(result, limit)
     payload = {"culprit": None if found is None else vars(found)}
     _print(payload, as_json, lambda: print(found or "the end result is within the limit; no pass is at fault"))
@@ -352,17 +364,15 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _load(model: str, inputs: str | None) -> Any:
-    from .models import load_model
-
-    return load_model(model, inputs)
-
-
-def _more(loaded: Any, source: str | None, tokenizer: str | None) -> list[Any]:
+def _load(model: str, inputs: str | None, data: str | None = None, tokenizer: str | None = None) -> Any:
+    """The model with its inputs, and those of a calibration file behind them."""
     from .calibration import calibration
-    from .models import as_flat
+    from .models import as_flat, load_model
 
-    return [] if source is None else [as_flat(loaded.graph, batch) for batch in calibration(source, tokenizer=tokenizer)]
+    loaded = load_model(model, inputs)
+    if data is not None:
+        loaded.inputs += [as_flat(loaded.graph, batch) for batch in calibration(data, tokenizer=tokenizer)]
+    return loaded
 
 
 def _canonical(model: str, inputs: str | None) -> Any:

@@ -142,7 +142,7 @@ def optimize(
     """
     plan = as_recipe(recipe)
     loaded = _loaded(model, example_inputs)
-    batches = [as_flat(loaded.graph, b) for b in _calibration(calibration)] or loaded.inputs[1:]
+    batches = _batches(loaded, calibration)
     held = max(1, len(batches) // 4) if batches else 0
     fit, held_out = batches[: len(batches) - held] or batches, batches[len(batches) - held :]
     machine = Target.load(target or plan.target)
@@ -191,6 +191,11 @@ def _loaded(model: Any, given: Any) -> Loaded:
     args, kwargs = ((), given) if isinstance(given, Mapping) else (tuple(given) if isinstance(given, list | tuple) else (given,), {})
     graph = _capture(model, args, kwargs)
     return Loaded(type(model).__name__, graph, [graph.flat_inputs(args, kwargs)], model)
+
+
+def _batches(loaded: Loaded, calibration: Iterable[Any] | str | Path) -> list[Flat]:
+    """The calibration data that was given, or what the model brings."""
+    return [as_flat(loaded.graph, b) for b in _calibration(calibration)] or loaded.inputs[1:]
 
 
 def load(folder: str | Path) -> Result:
@@ -277,12 +282,17 @@ class Explanation:
         return found
 
 
-def explain(graph: Graph, name: str, most: int = 5, **options: Any) -> Explanation:
-    """What the pass `name` matches in the graph, what it declines and why, and what came closest to matching."""
+def explain(model: Graph | Loaded, name: str, most: int = 5, calibration: Iterable[Any] | str | Path = (), **options: Any) -> Explanation:
+    """What the pass `name` matches in a model, what it declines and why, and what came closest to matching.
+
+    calibration: as `optimize` takes it, for a pass that requires statistics.
+    """
+    loaded = _loaded(model, None)
+    graph, batches = loaded.graph, _batches(loaded, calibration)
     step = make_pass(name, options)
     if not graph.canonical:
         graph = Pipeline([], verify=False).run(graph).graph
     misses = near_misses(graph, step, most) if isinstance(step, Rewrite) else []
-    record = Pipeline([step], verify=False).run(graph).records[-1]
+    record = Pipeline([step], verify=False, calibration=Calibration(batches) if batches else None).run(graph).records[-1]
     ends_with = " or ".join(sorted({t._schema.name.split("::")[1] for t in Pattern(step.pattern).anchors})) if isinstance(step, Rewrite) else ""
     return Explanation(find_pass(name).name, record.layers, record.declined, misses, ends_with)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx
@@ -66,8 +67,10 @@ def _squeezed(node: fx.Node, before: Tensor, axis: int) -> int | None:
     return None if axis in gone else axis - sum(d < axis for d in gone)
 
 
-def source_axis(node: fx.Node, axis: int) -> int | None:
-    """The axis of the first operand whose channels the result counts along `axis`: the inverse of `kept_axis`."""
-    source = node.args[0] if node.args else None
+def source_axis(node: fx.Node, axis: int, forward: Callable[[fx.Node, int], int | None] = kept_axis) -> int | None:
+    """The axis of the first operand (of each, for a list of them) whose channels the result counts along `axis`: the inverse of `forward`."""
+    source: Any = node.args[0] if node.args else None
+    if isinstance(source, list | tuple):
+        source = next(iter(source), None)
     value = source.meta.get("val") if isinstance(source, fx.Node) else None
-    return next((a for a in range(value.dim()) if kept_axis(node, a) == axis), None) if isinstance(value, Tensor) else None
+    return next((a for a in range(value.dim()) if forward(node, a) == axis), None) if isinstance(value, Tensor) else None

@@ -31,7 +31,15 @@ ACTIVATIONS = {
     ours.quick_gelu.default: "quick_gelu",
 }
 SQUARES = (aten.pow.Tensor_Scalar, aten.square.default)
-LINEARS = (aten.linear.default, ours.linear_int8_dynamic.default)
+QUANTIZED_LINEARS = (
+    ours.linear_int8_dynamic.default,
+    ours.linear_int8_static.default,
+    ours.linear_token.default,
+    ours.linear_nbits.default,
+    ours.linear_fp8.default,
+)
+"""Linears on codes: blocks have them as projections, no edit changes their weights."""
+LINEARS = (aten.linear.default, *QUANTIZED_LINEARS)
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding, aten.conv1d.padding)
 FUSED_NORMS = (ours.add_layer_norm.default, ours.add_rms_norm.default)
 LAST_AXIS_NORMS = (aten.layer_norm.default, ours.rms_norm.default, aten.rms_norm.default)
@@ -204,8 +212,12 @@ def past_layout(node: Any) -> Any:
 
 def shared_weights(*projections: fx.Node | None) -> list[str]:
     """Why editing the weights of these projections changes others too (ALBERT's layers are one): at most one sentence."""
-    calls = max((len(w.users) for p in projections if p is not None and isinstance(w := p.args[1], fx.Node) and w.op == "get_attr"), default=1)
+    calls = max((len(w.users) for p in projections if p is not None and isinstance(w := _weight(p), fx.Node) and w.op == "get_attr"), default=1)
     return [f"its weights serve {calls} calls: an edit changes them all"] if calls > 1 else []
+
+
+def _weight(projection: fx.Node) -> Any:
+    return argument(projection, "w") if projection.target in QUANTIZED_LINEARS else projection.args[1]
 
 
 def path_of(node: fx.Node) -> str:

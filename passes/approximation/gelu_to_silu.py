@@ -138,7 +138,7 @@ class _FoldedByData:
         if w1.is_meta:
             return {"w1": torch.empty_like(w1), "b1": torch.empty_like(b1), "w2": torch.empty_like(w2), "b2": torch.empty_like(b2)}
         z = torch.nn.functional.linear(self.seen.rows.double(), w1.double(), b1.double())  # [rows, hidden]
-        a, c, m = fit_over(z, torch.full_like(z[:, :1], 1 / len(z)))
+        a, c, m = (t.double() for t in fit_over(z.float(), torch.full((len(z), 1), 1 / len(z))))
         y = torch.nn.functional.gelu(z)
         f = c * z * torch.sigmoid(a * z) + m
         missing = (y - f) @ w2.double().T  # [rows, out]
@@ -169,7 +169,7 @@ def fit_over(z: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.nn.functional.gelu(z)
     y_mean = (y * p).sum(0)
     best = None
-    for a in torch.linspace(1.0, 2.6, 65, dtype=torch.float64).tolist():
+    for a in torch.linspace(1.0, 2.6, 65).tolist():
         f = z * torch.sigmoid(a * z)
         f_mean = (f * p).sum(0)
         variance = ((f - f_mean).square() * p).sum(0)

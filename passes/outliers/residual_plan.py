@@ -10,11 +10,12 @@ import torch
 from torch import fx
 
 from ...ir.blocks import Stream, Streams
+from ...ir.blocks.axes import source_axis
 from ...ir.blocks.vocabulary import CHANNEL_NORMS, CONVOLUTIONS, FUSED_NORMS, LAST_AXIS_NORMS, LAYOUT, is_sum, path_of
 from ...ir.graph import Graph
 from ...ir.nodes import argument, is_looked_through
 from .residual_writers import IN_AXIS, Turn, TurnConstant, Unscaled, Writes, affine, computing
-from .token_ops import axis_after, axis_before, keeps_constants
+from .token_ops import axis_after, keeps_constants
 
 aten, ours = torch.ops.aten, torch.ops.rewright
 
@@ -133,7 +134,7 @@ class _Planner:
     def _axis_in(self, operand: fx.Node, user: fx.Node) -> int | None:
         if is_sum(user):
             return operand.meta["val"].dim() - 1
-        return axis_before(user, self.axis[user])
+        return source_axis(user, self.axis[user], axis_after)
 
     def _is_leaf(self, member: fx.Node) -> bool:
         moved = member.op == "call_function" and (member.target in (*LAYOUT, aten.roll.default) or is_looked_through(member))

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ...ir.blocks.axes import source_axis
 from ...ir.blocks.vocabulary import CONVOLUTIONS, LAST_AXIS_NORMS, path_of
 from ...ir.graph import Graph
 from ...ir.nodes import argument, number
-from .token_ops import axis_before
+from .token_ops import axis_after
 
 aten, ours = torch.ops.aten, torch.ops.rewright
 
@@ -83,9 +84,9 @@ class Writes:
             return self._scaled(value, axis, scales, centre)
         if value.target is aten.add.Tensor and argument(value, "alpha") == 1:
             return self._through(value, axis, scales, centre, value.args[:2])
-        if value.target is aten.cat.default and axis_before(value, axis) is not None:
+        if value.target is aten.cat.default and source_axis(value, axis, axis_after) is not None:
             return self._through(value, axis, scales, centre, value.args[0])
-        before = axis_before(value, axis) if value.op == "call_function" else None
+        before = source_axis(value, axis, axis_after) if value.op == "call_function" else None
         if before is None:
             what = "an input of the model" if value.op == "placeholder" else f"{value.target.__name__.removesuffix('.default')} of {path_of(value)}"  # type: ignore[union-attr]
             return f"{what} can't be rotated"

@@ -32,15 +32,6 @@ def axis_after(node: fx.Node, axis: int) -> int | None:
     return kept_axis(node, axis)
 
 
-def axis_before(node: fx.Node, axis: int) -> int | None:
-    """The axis of the first operand (of each, for a concatenation) whose channels the result counts along `axis`."""
-    source: Any = node.args[0] if node.args else None
-    if isinstance(source, list | tuple):
-        source = source[0]
-    value = source.meta.get("val") if isinstance(source, fx.Node) else None
-    return next((a for a in range(value.dim()) if axis_after(node, a) == axis), None) if isinstance(value, torch.Tensor) else None
-
-
 def keeps_constants(node: fx.Node) -> bool:
     """Whether a constant added to all tokens before may be added after instead: not past zeros, not past a sum."""
     return not (node.target is aten.sum.dim_IntList or node.target is aten.pad.default and _padded(node))

@@ -14,6 +14,7 @@ from ...ir.graph import Graph
 from ...ir.nodes import argument
 from ..rewrite import Context, GraphPass
 from ..statistics import Request, Statistics
+from . import reduced_range
 from .gptq import DAMP
 from .layer import Algorithm, LayerQuantizer, insert_quantized, x_tensors
 from .scheme import SMALLEST_GROUP, Scheme, check_group_size
@@ -135,6 +136,8 @@ class Inserter:
         assert isinstance(x, fx.Node)
         self.context.apply(node)
         note_copy(graph, node, node.args[1])  # type: ignore[arg-type]
+        if quantizer.scheme.weights.bits == reduced_range.BITS and reduced_range.SAYS not in graph.notes:
+            graph.notes.append(reduced_range.SAYS)
         if quantizer.x_grid is not None and x not in self._grids:
             made = x_tensors(quantizer.x_grid)
             self._grids[x] = {key: graph.add_constant(f"{x.name}_{key.removeprefix('x_')}", t, like=x) for key, t in made.items()}

@@ -18,6 +18,7 @@ from ..statistics import Request
 from .allocation import Table, exact, greedy, total
 from .layer import LayerQuantizer
 from .linear_options import Inserter, LinearOptions
+from .reduced_range import reduced_range
 from .scheme import Scheme, scheme
 from .sensitivity import Drift, Sensitivity
 from .stored import other_reader
@@ -115,9 +116,10 @@ class MixedPrecision(LinearOptions):
     def _layers(self, graph: Graph, context: Context) -> tuple[list[_Layer], int]:
         """The linears that have a choice, in graph order, and the bytes of the weights of those that have none."""
         layers, fixed = [], 0
+        schemes = {choice: reduced_range(s, context.target) for choice, s in self.schemes.items()}
         for node in graph.find(aten.linear.default):
-            whys = {choice: self.why_not(graph, node, s) or context.ignored(node) for choice, s in self.schemes.items()}
-            options = [self._option(graph, node, choice, s, context) for choice, s in self.schemes.items() if not whys[choice]]
+            whys = {choice: self.why_not(graph, node, s) or context.ignored(node) for choice, s in schemes.items()}
+            options = [self._option(graph, node, choice, s, context) for choice, s in schemes.items() if not whys[choice]]
             weight: Any = node.args[1]
             kept = 0 if other_reader(node, weight) else weight.meta["val"].nbytes  # a tied weight is there for the other reader anyway
             if options:

@@ -10,6 +10,7 @@ from ...ir.graph import Graph
 from ..rewrite import Context
 from ..statistics import Request
 from .linear_options import Inserter, LinearOptions
+from .reduced_range import reduced_range
 from .scheme import Activations, Scheme, Weights, scheme
 
 aten = torch.ops.aten
@@ -30,6 +31,7 @@ class QuantizeLinear(LinearOptions):
     channels make up for the rounding of earlier ones (calibration's Gram). specs/quant_shiftadd.md 1, 3.13, 3.14, 3.17.
     Declines computed weights, weights other calls read too unless tied = "copy", half precision where activations have one 8-bit
     range, sums that could overflow 32 bits, layers below `min_weights`, and what `only` and `skip` leave out.
+    On an x86 CPU without VNNI, 8-bit weights with quantized activations get 7 bits, and the graph's notes say so.
     Lossy: on MiniLM all 37 linears in int8-channel / int8-dynamic cost the mean embedding cosine about 0.004 (README's table).
     """
 
@@ -57,11 +59,12 @@ class QuantizeLinear(LinearOptions):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         inserter, linears = Inserter(graph, context), graph.find(aten.linear.default)
-        whys = {node: self.why_not(graph, node, self.scheme) or context.ignored(node) for node in linears}
+        there = reduced_range(self.scheme, context.target)
+        whys = {node: self.why_not(graph, node, there) or context.ignored(node) for node in linears}
         self.note_too_wide(graph, [node for node, why in whys.items() if not why])
         for node, why in whys.items():
             if why:
                 context.decline(node, why)
             else:
-                inserter.insert(node, self.quantizer(node, self.scheme, context.statistics))
+                inserter.insert(node, self.quantizer(node, there, context.statistics))
         return graph

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -128,6 +129,7 @@ def test_a_model_that_cannot_be_captured_shows_the_users_own_line(capsys) -> Non
         (["inspect", "my_models.py"], 3, "a text file"),
         (["bench", "missing.onnx"], 3, "no file missing.onnx"),
         (["no-such-verb"], 2, "No such command"),
+        (["optimize", "py:my_models:small", "-r", "vit-int8"], 2, "there is no calibration data; give some: --calibration FILE"),
         (["recipes", "encoder-int9"], 2, "Did you mean 'encoder-int8'"),
     ],
 )
@@ -139,6 +141,18 @@ def test_errors_are_one_sentence_with_their_code(capsys, arguments: list[str], c
     got, out, _ = run(capsys, *arguments, "--json")
     assert got == code
     assert set(json.loads(out)["error"]) == {"code", "message"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "rest"),
+    [("optimize", "-p outlier-migration"), ("plan", "-p outlier-migration"), ("bisect", "-p outlier-migration"), ("explain", "outlier-migration")],
+)
+def test_every_command_that_runs_passes_takes_calibration_data(capsys, tmp_path: Path, verb: str, rest: str) -> None:
+    numpy.savez(tmp_path / "data.npz", x=numpy.random.default_rng(0).standard_normal((4, 8, 64), dtype=numpy.float32))
+    command = [verb, "py:my_models:small", *rest.split()]
+    code, _, err = run(capsys, *command)
+    assert (code, "no calibration data; give some: --calibration FILE" in err) == (2, True)
+    assert run(capsys, *command, "--calibration", "data.npz")[0] == 0
 
 
 def test_interrupt_exits_130_and_leaves_the_old_file(capsys, tmp_path: Path, monkeypatch) -> None:

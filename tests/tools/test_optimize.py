@@ -18,17 +18,24 @@ from ..passes.encoder import encoder, example
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
+def texts(seed: int) -> dict[str, torch.Tensor]:
+    """Other texts of the example's lengths."""
+    return {**example(), "input_ids": torch.randint(0, 100, (3, 9), generator=torch.Generator().manual_seed(seed))}
+
+
 @pytest.fixture(scope="module")
 def result() -> rw.Result:
-    return rw.optimize(encoder(), example(), recipe="encoder-int8")
+    return rw.optimize(encoder(), example(), recipe="encoder-int8", calibration=[texts(seed) for seed in (1, 2, 3, 4)])
 
 
 def test_the_shipped_recipe_runs_and_the_module_keeps_the_calls_signature(result) -> None:
     assert [r.name for r in result.records if not r.canonical] == [
+        "gelu-to-silu",
+        "outlier-migration",
+        "sort-channels",
         "fuse-add-layer-norm",
         "pack-heads",
         "group-heads",
-        "gelu-to-silu",
         "group-ffn",
         "quantize-embedding",
         "quantize-linear",
@@ -37,6 +44,14 @@ def test_the_shipped_recipe_runs_and_the_module_keeps_the_calls_signature(result
     inputs = example()
     assert torch.equal(result.module(**inputs), result.module(inputs["input_ids"], inputs["attention_mask"]))
     assert torch.nn.functional.cosine_similarity(result.module(**inputs), encoder()(**inputs), dim=-1)[inputs["attention_mask"] != 0].mean() > 0.999
+
+
+def test_a_recipe_that_needs_calibration_data_says_where_to_give_it() -> None:
+    with pytest.raises(rw.UsageError, match="needs statistics .* there is no calibration data; give some: .*calibration=batches in rewright.optimize"):
+        rw.optimize(encoder(), example(), recipe="encoder-int8")
+    with pytest.raises(rw.UsageError, match="outlier-migration needs statistics .* there is no calibration data"):
+        rw.explain(rw.capture(encoder(), (), example()), "outlier-migration")
+    assert rw.explain(rw.capture(encoder(), (), example()), "outlier-migration", calibration=[texts(1)]).applied
 
 
 def test_a_saved_result_loads_equal_and_an_altered_one_is_refused(result, tmp_path: Path) -> None:
@@ -97,6 +112,7 @@ def test_latency_is_recorded_when_asked() -> None:
     [
         ("write_a_pass.py", (), "square-relu: matched 1, applied 1, bit-equal: True"),
         ("optimize_minilm.py", (".",), "weights 90.9 ->"),
+        ("plant_outliers.py", ("zoo:digits-vit",), "zoo:digits-vit: outliers behind 13 norms"),
         ("find_outliers.py", ("zoo:stdlib-lm",), "zoo:stdlib-lm: 25 edges, 16384 tokens, 1 run"),
     ],
 )

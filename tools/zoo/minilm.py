@@ -12,7 +12,7 @@ from ..score import Run, Score, mean, proportion
 from . import Batch, Split, ZooModel, offline
 from .texts import described_functions, docstrings
 
-HELD_OUT, CALIBRATION = 512, 128  # texts
+HELD_OUT, CALIBRATION = 512, 256  # texts
 LONGEST = 128  # tokens
 
 
@@ -36,7 +36,7 @@ def tokenizer() -> Any:
 
 
 def load() -> ZooModel:
-    """The model with 16 calibration batches of 8 docstrings, judged by `judge`."""
+    """The model with 32 calibration batches of 8 docstrings, judged by `judge`."""
     texts = judged_texts("calibration")
     return ZooModel("minilm", trained(), encode(judged_texts("held_out")[:2], 16), [encode(texts[i : i + 8]) for i in range(0, len(texts), 8)], judge)
 

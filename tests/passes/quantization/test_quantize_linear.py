@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rewright.ir.blocks.describe import describe
+from rewright.ir.blocks.edges import edges
 from rewright.ir.errors import RecipeError, UsageError
 from rewright.ir.formats import ACTIVATIONS, WEIGHTS, fake_quantize
 from rewright.ir.graph import Graph
@@ -61,6 +63,17 @@ def test_every_pair_becomes_its_op_and_computes_what_the_formats_say(op: str, we
     w = fake_quantize(layer.weight.detach(), WEIGHTS[weights], 32)
     want = nn.functional.linear(fake_quantize(x, ACTIVATIONS[activations]), w, layer.bias)
     torch.testing.assert_close(outcome.graph.module(x), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+@pytest.mark.parametrize(("op", "weights", "activations"), [(op, *pairs[0]) for op, pairs in OPS.items()])
+def test_quantized_linears_are_projections_of_the_same_blocks_and_no_pass_may_edit_them(op: str, weights: str, activations: str) -> None:
+    before = capture(encoder(), (), example())
+    outcome = quantize(encoder(), example(), calibrate=True, weights=weights, activations=activations, group_size=32, min_weights=1)
+    assert outcome.records[-1].applied == 12
+    assert describe(outcome.graph) == describe(before) != []
+    found = edges(outcome.graph)
+    assert len(found) == len(edges(before)) == 8
+    assert all(f"is {op}, whose weights are not stored as a matrix of floats" in (edge.fixed or "") for edge in found)
 
 
 @pytest.mark.parametrize(
