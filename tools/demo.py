@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends.onnx.export import Exported, export, silent
 from ..backends.onnx.session import Session
@@ -28,6 +29,7 @@ SHAPES = ((1, 32), (8, 128), (32, 64))
 BASELINE = "onnxruntime quantize_dynamic"
 OURS = "rewright encoder-int8"
 EAGER, COMPILED, FP32 = "torch eager fp32", "torch.compile fp32", "onnxruntime fp32"
+EAGER_BF16, COMPILED_BF16 = "torch eager bf16", "torch.compile bf16"
 
 
 @dataclass
@@ -106,10 +108,12 @@ def _demo(out: Path, quick: bool, progress: Callable[[str, int, int], None]) -> 
         module = zoo.module
         runs[EAGER] = lambda batch: module(**batch).last_hidden_state
         if not quick:
-            say("compiling the original with torch.compile")
-            compiled = _compiled(zoo)
-            if compiled is not None:
-                runs[COMPILED] = lambda batch: compiled(**batch).last_hidden_state
+            say("compiling the original with torch.compile, in fp32 and bf16")
+            half = copy.deepcopy(module).to(torch.bfloat16)
+            runs[EAGER_BF16] = lambda batch: half(**batch).last_hidden_state
+            for name, compiled in ((COMPILED, _compiled(module, zoo)), (COMPILED_BF16, _compiled(half, zoo))):
+                if compiled is not None:
+                    runs[name] = lambda batch, compiled=compiled: compiled(**batch).last_hidden_state
         timings = {}
         for batch, length in SHAPES:
             say(f"timing {batch}x{length}")
@@ -138,9 +142,9 @@ def baselines(zoo: ZooModel, folder: Path) -> tuple[Path, Path]:
     return fp32, dynamic
 
 
-def _compiled(zoo: ZooModel) -> Any:
-    """torch.compile of the original, warmed up; None where there is no C++ compiler."""
-    module = torch.compile(zoo.module, dynamic=True)
+def _compiled(original: nn.Module, zoo: ZooModel) -> Any:
+    """torch.compile of a module, warmed up; None where there is no C++ compiler."""
+    module = torch.compile(original, dynamic=True)
     try:
         with quiet(), torch.inference_mode():
             module(**zoo.example)
