@@ -12,7 +12,7 @@ def quantize_parts(model: Any) -> None:
     for node in [n for n in model.graph if n.op_type == "QuantizeLinear"]:
         whole, scale = node.inputs[0], node.inputs[1]
         joined = whole.producer()
-        if joined is None or joined.op_type != "Concat" or len(whole.uses()) != 1 or len(scale.shape) != 0:
+        if joined is None or joined.op_type != "Concat" or len(whole.uses()) != 1 or whole.is_graph_output() or len(scale.shape) != 0:
             continue
         parts = []
         for part in joined.inputs:

@@ -511,3 +511,23 @@ def test_fact_no_constant_factor_is_fused_into_quantizelinear(tmp_path: Path) ->
     graph = helper.make_graph(nodes, "g", [value("x", 1, ["rows", 64])], [value("y", 2, None)], tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "fact.onnx")
     assert kinds(optimized(tmp_path / "fact.onnx")) == Counter(Mul=1, QuantizeLinear=1)
+
+
+@pytest.mark.parametrize("peeks", [False, True])
+def test_what_is_joined_is_quantized_before_unless_it_is_read_whole(tmp_path: Path, peeks: bool) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = Quantized("static", 32, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            whole = torch.cat([torch.tanh(x), torch.sin(x)], -1)
+            return (self.linear(whole), whole) if peeks else (self.linear(whole),)
+
+    x = torch.randn(3, 5, 16)
+    graph = capture(Joined(), (x,))
+    path = tmp_path / "joined.onnx"
+    export(graph, path, [(x,)])
+    assert kinds(onnx.load(path).graph)["QuantizeLinear"] == (1 if peeks else 2)
+    torch.testing.assert_close(Session(path)((x,))[0], graph.run((x,))[0], rtol=1e-5, atol=1e-5)

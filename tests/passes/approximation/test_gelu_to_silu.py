@@ -20,6 +20,16 @@ def _error(z: Tensor, a: Tensor | float, c: Tensor | float = 1.0, m: Tensor | fl
     return (c * z * torch.sigmoid(a * z) + m - nn.functional.gelu(z)).square().mean(0).sqrt()
 
 
+def lively_encoder() -> nn.Module:
+    """With hidden values wide enough for GELU and SiLU to differ."""
+    model = encoder()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.up.weight *= 3
+            layer.norm1.bias.normal_(0, 0.3)
+    return model
+
+
 def test_the_fit_beats_the_known_constant_on_the_distribution_it_is_for() -> None:
     torch.manual_seed(0)
     w1, b1, weight, bias = torch.randn(16, 64) * 0.1, torch.randn(16), torch.rand(64) + 0.5, torch.randn(64) * 2
@@ -33,11 +43,7 @@ def test_the_fit_beats_the_known_constant_on_the_distribution_it_is_for() -> Non
 
 
 def test_an_encoder_keeps_its_function_nearly_and_the_fold_is_the_formula() -> None:
-    model = encoder()
-    with torch.no_grad():
-        for layer in model.layers:
-            layer.up.weight *= 3
-            layer.norm1.bias.normal_(0, 0.3)
+    model = lively_encoder()
     graph = capture(model, (), example())
     outcome = Pipeline([make_pass("gelu-to-silu", {})]).run(graph, [as_flat(graph, example())])
     record = outcome.records[-1]
@@ -76,11 +82,7 @@ def test_refuses_an_input_of_unknown_distribution_and_a_gelu_others_read() -> No
 
 
 def test_a_calibrated_fit_makes_up_in_the_second_layer_for_what_the_first_lost() -> None:
-    model = encoder()
-    with torch.no_grad():
-        for layer in model.layers:
-            layer.up.weight *= 3
-            layer.norm1.bias.normal_(0, 0.3)
+    model = lively_encoder()
     graph = capture(model, (), example())
     generator = torch.Generator().manual_seed(0)
     batches = [{**example(), "input_ids": torch.randint(0, 100, example()["input_ids"].shape, generator=generator)} for _ in range(40)]
