@@ -124,13 +124,12 @@ class Graph:
     def add_weight(self, name: str, function: Callable[..., Tensor], *sources: str, like: fx.Node | None = None) -> fx.Node:
         """A new weight `function(*sources)` as a node before everything that computes. The old ones stay until unused.
 
-        How it was made is remembered while it has no data (a graph captured on the meta device).
+        How it was made is remembered, for graphs captured without data; what holds much data of its own goes through `add_constant`.
         """
         name = self._free_name(name)
         with torch.no_grad():
             value = function(*(self.weight(s).detach() for s in sources))
-        if value.is_meta:
-            self.recipes[name] = Recipe(function, sources)
+        self.recipes[name] = Recipe(function, sources)
         return self._register(name, value, like)
 
     def add_constant(self, name: str, value: Tensor, like: fx.Node | None = None) -> fx.Node:
