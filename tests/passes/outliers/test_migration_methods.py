@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rewright.passes.outliers.awq import awq
 from rewright.passes.outliers.fp_preshift import fp_preshift
+from rewright.passes.outliers.hadamard import Rotation
 from rewright.passes.outliers.migrate import tied
 from rewright.passes.outliers.objective import Objective
 from rewright.passes.outliers.observed import Observed
@@ -51,7 +52,14 @@ def errors(weights: str, activations: str) -> dict[str, float]:
         "osplus without shift": osplus(objective, 12, False),
         "osplus": osplus(objective, 12, True),
     }
-    return {name: objective.loss(*c) ** 0.5 for name, c in chosen.items()}
+    found = {name: objective.loss(*c) ** 0.5 for name, c in chosen.items()}
+    assert seen.rows is not None
+    assert seen.weights is not None
+    x, w, q = seen.rows[::2], seen.weights, Rotation(seen.rows.shape[1]).matrix().float()
+    for name, centred in (("hadamard", x), ("shift and hadamard", x - seen.center.float())):
+        rotated = Objective(observed(centred @ q, w @ q), weights, activations).loss(none)
+        found[name] = (rotated * float((centred @ w.T).square().mean() / (x @ w.T).square().mean())) ** 0.5  # relative to the outputs with their mean
+    return found
 
 
 FORMATS = [("int8-channel", "int8-static"), ("int8-channel", "int8-token"), ("int6-channel", "int6-token"), ("int4-channel", "int4-token")]
@@ -64,6 +72,7 @@ def test_on_planted_outliers_osplus_halves_the_error_of_smoothquant(weights: str
     assert found["osplus"] < 0.5 * min(found["smoothquant 0.5"], found["smoothquant 0.75"])
     assert found["osplus"] < found["osplus without shift"] < found["raw"]
     assert found["osplus"] <= found["shift"] < found["smoothquant 0.5"]
+    assert found["shift and hadamard"] < 0.5 * found["hadamard"]
 
 
 @pytest.mark.parametrize("shift", [False, True])
