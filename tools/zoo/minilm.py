@@ -42,8 +42,11 @@ def load() -> ZooModel:
 
 
 def judged_texts(split: Split) -> list[str]:
-    """The docstrings whose embeddings are judged, or those that calibrate."""
-    return docstrings()[:HELD_OUT] if split == "held_out" else docstrings()[HELD_OUT : HELD_OUT + CALIBRATION]
+    """The docstrings whose embeddings are judged, or those that calibrate: none of them a query of the judge."""
+    if split == "held_out":
+        return docstrings()[:HELD_OUT]
+    queries = {text for text, _ in described_functions()}
+    return [text for text in docstrings()[HELD_OUT:] if text not in queries][:CALIBRATION]
 
 
 def encode(texts: list[str], length: int = 0) -> Batch:
