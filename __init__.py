@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .passes.pipeline import Pipeline as Pipeline
     from .tools.calibration import calibration as calibration
     from .tools.evaluate import evaluate as evaluate
+    from .tools.finetune import finetune as finetune
     from .tools.optimize import Result as Result
     from .tools.optimize import bisect as bisect
     from .tools.optimize import capture as capture
@@ -39,6 +40,7 @@ PUBLIC = {
     "load": "tools.optimize:load",
     "cost": "tools.optimize:cost",
     "evaluate": "tools.evaluate:evaluate",
+    "finetune": "tools.finetune:finetune",
     "calibration": "tools.calibration:calibration",
     "verify": "tools.optimize:verify",
     "diff": "tools.optimize:diff",

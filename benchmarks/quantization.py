@@ -9,17 +9,15 @@ onnxruntime fp32 of the same graph, all rows of a table in one process, alternat
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import TemporaryDirectory
 from typing import Any
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "quantization.json"
+from rows import Rows, judged, latency_lines, made
+
 MODELS = ("minilm", "digits-vit", "stdlib-lm")
 TABLES = ("w8a8", "w4a16", "low-bit", "planted", "latency")
-MOST = {"minilm": 256, "digits-vit": 599, "stdlib-lm": 128}  # judged texts, images, windows of 256 tokens
 SHAPES = {"minilm": ("1x32", "8x128"), "digits-vit": ("1", "32"), "stdlib-lm": ("1x1", "1x128")}
 
 # what every row of a model starts with: exact, for onnxruntime
@@ -131,9 +129,8 @@ def plant(graph: Any, batches: list[Any], channels: int = 4, scale: float = 30.0
 
 
 def build(model: str, passes: Any, outliers: bool = False) -> Any:
-    """The optimized model, not verified (its judge does that)."""
+    """The optimized model."""
     import rewright as rw
-    from rewright.passes.recipe import make_pass
     from rewright.tools.models import Loaded, load_model
 
     loaded = load_model(f"zoo:{model}")
@@ -141,17 +138,7 @@ def build(model: str, passes: Any, outliers: bool = False) -> Any:
         graph = rw.optimize(loaded, recipe=[], verify=False).graph
         plant(graph, loaded.inputs[1:5])
         loaded = Loaded(loaded.name, graph, loaded.inputs, loaded.module, loaded.zoo)
-    if isinstance(passes, str):
-        return rw.optimize(loaded, recipe=passes, verify=False)
-    steps = [make_pass(p, {}) if isinstance(p, str) else make_pass(p["name"], {k: v for k, v in p.items() if k != "name"}) for p in passes]
-    return rw.optimize(loaded, recipe=steps, verify=False)
-
-
-def judged(model: str, run: Any) -> dict[str, dict[str, Any]]:
-    from rewright.tools.zoo import load_zoo
-
-    most = MOST[model]
-    return {score.name: score.as_dict() for score in load_zoo(model).judge(run, most)}
+    return made(loaded, passes)
 
 
 def in_torch(model: str, passes: Any, outliers: bool) -> dict[str, Any]:
@@ -199,12 +186,6 @@ LATENCY = {
 }
 
 
-def conditions() -> dict[str, Any]:
-    from rewright.tools.demo import conditions as found
-
-    return found()
-
-
 def text(results: dict[str, Any]) -> str:
     """The tables for people."""
     lines = ["Quality of quantized real models. " + ", ".join(f"{k} {v}" for k, v in results["conditions"].items()), ""]
@@ -212,18 +193,16 @@ def text(results: dict[str, Any]) -> str:
         for table, rows in tables.items():
             lines += [f"{model}, {table}"]
             if table == "latency":
-                for shape, found in rows.items():
-                    lines += [
-                        f"  {shape:8s} {row:44s} {t['median_ms']:9.3f} ms   ratio to fp32 {t['ratio']:.3f} [{t['ratio_low']:.3f}-{t['ratio_high']:.3f}]"
-                        for row, t in found.items()
-                    ]
-                lines += [""]
+                lines += [*latency_lines(rows, "fp32"), ""]
                 continue
             for row, found in rows.items():
                 quality = "   ".join(f"{q['name']} {q['value']:.4f} ({q['low']:.4f} to {q['high']:.4f})" for q in found["quality"].values())
                 lines += [f"  {row:44s} {found['bytes'] / 1e6:7.2f} MB   {quality}"]
             lines += [""]
     return "\n".join(lines)
+
+
+RESULTS = Rows("quantization", text)
 
 
 def main() -> None:
@@ -237,37 +216,17 @@ def main() -> None:
     for model in args.models or MODELS:
         for table in args.table or TABLES:
             if table == "latency":
-                store(model, table, None, latencies(model, LATENCY[model], {"w8a8": w8a8(model), "w4a16": w4a16(model)}))
+                RESULTS.store(model, table, None, latencies(model, LATENCY[model], {"w8a8": w8a8(model), "w4a16": w4a16(model)}))
                 continue
             for row, passes in ROWS[table](model).items():
-                if row in load()["models"].get(model, {}).get(table, {}):
+                if RESULTS.has(model, table, row):
                     continue
                 print(model, table, row, flush=True)
                 if table in ("low-bit", "planted"):
-                    store(model, table, row, in_torch(model, passes, row.startswith("planted")))
+                    RESULTS.store(model, table, row, in_torch(model, passes, row.startswith("planted")))
                 else:
                     with TemporaryDirectory() as folder:
-                        store(model, table, row, in_onnxruntime(model, passes, Path(folder) / "model.onnx"))
-
-
-def load() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"conditions": conditions(), "models": {}}
-
-
-def store(model: str, table: str, row: str | None, found: dict[str, Any]) -> None:
-    """One row into the file; several processes may work on other models."""
-    import fcntl
-
-    with open(Path(gettempdir()) / "rewright-quantization.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        results = load()
-        tables = results["models"].setdefault(model, {})
-        if row is None:
-            tables[table] = found
-        else:
-            tables.setdefault(table, {})[row] = found
-        RESULTS.write_text(json.dumps(results, indent=1))
-        (HERE / "quantization.txt").write_text(text(results))
+                        RESULTS.store(model, table, row, in_onnxruntime(model, passes, Path(folder) / "model.onnx"))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,9 @@ def _flops(node: fx.Node, name: str, results: list[Tensor], size: Any) -> int:
     match name:
         case "linear" | "linear_nbits" | "linear_int8_dynamic" | "linear_int8_static" | "linear_token" | "linear_fp8":
             return 2 * out * size(operands[0].shape[-1])
+        case "block_dense_linear" | "block_shuffle_linear":
+            x, first, second = operands[:3]
+            return 2 * _numel(x, size) // size(x.shape[-1]) * (first.numel() + second.numel())
         case "mm" | "bmm" | "matmul":
             return 2 * out * size(operands[0].shape[-1])
         case "addmm" | "baddbmm":

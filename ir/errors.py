@@ -51,6 +51,13 @@ class ResourceError(RewrightError):
     name = "resource"
 
 
+class Interrupted(RewrightError):
+    """Ctrl-C during work that goes on later from where it stopped."""
+
+    code = 130
+    name = "interrupted"
+
+
 def near(name: str, known: list[str] | tuple[str, ...]) -> str:
     """' Did you mean X?' for the known names closest to `name`, or nothing."""
     import difflib

@@ -235,7 +235,7 @@ class Graph:
         twin = fx.GraphModule(nn.Module(), fx.Graph())
         twin.training = self.module.training
         for name in (str(n.target) for n in copy.find_nodes(op="get_attr")):
-            _share(self.module, twin, name)
+            share_weight(self.module, twin, name)
         twin._graph, copy.owning_module = copy, twin
         shared = self.fake_mode, self.symbols, self.known, self.ties
         return Graph(twin, self.call, dict(self.dims), dict(self.recipes), list(self.notes), self.canonical, *shared)
@@ -353,7 +353,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _share(source: nn.Module, twin: nn.Module, name: str) -> None:
+def share_weight(source: nn.Module, twin: nn.Module, name: str) -> None:
     """Register one parameter or buffer of `source` in `twin` under its name: the same object, persistent if it was."""
     old, leaf = owner_of(source, name)
     new, _ = owner_of(twin, name, create=True)

@@ -34,6 +34,10 @@ PASSES = {
     "rotate-residual": "outliers.rotate_residual:RotateResidual",
     "rotate-values": "outliers.rotate_values:RotateValues",
     "sort-channels": "outliers.sort_channels:SortChannels",
+    "allocate": "factorization.allocate:Allocate",
+    "ffn-width": "factorization.ffn_width:FFNWidth",
+    "low-rank": "factorization.low_rank:LowRank",
+    "block-structured": "factorization.block_structured:BlockStructured",
     "quantize-embedding": "quantization.quantize_embedding:QuantizeEmbedding",
     "quantize-linear": "quantization.quantize_linear:QuantizeLinear",
 }

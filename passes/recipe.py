@@ -93,7 +93,7 @@ def from_command_line(recipe: str | None, passes: list[str], settings: list[str]
     base = (
         Recipe.load(recipe)
         if recipe is not None
-        else Recipe(tuple(_from_text(p) for p in passes), require_match=frozenset(p.partition(":")[0] for p in passes))
+        else Recipe(tuple(pass_from_text(p) for p in passes), require_match=frozenset(p.partition(":")[0] for p in passes))
     )
     for setting in settings:
         place, _, value = setting.partition("=")
@@ -108,7 +108,8 @@ def from_command_line(recipe: str | None, passes: list[str], settings: list[str]
     return base
 
 
-def _from_text(text: str) -> Pass:
+def pass_from_text(text: str) -> Pass:
+    """A pass as the command line has it: "NAME" or "NAME:option=value,..."."""
     name, _, options = text.partition(":")
     pairs = [o.partition("=") for o in options.split(",") if o]
     if bad := [k for k, equals, _ in pairs if not equals]:

@@ -14,7 +14,10 @@ from ..ir.errors import PromiseBroken
 from ..ir.graph import Graph
 from ..ir.nodes import is_looked_through, same_shape
 from ..ir.pattern import Match, Miss, Pattern, overloads
-from .statistics import Calibration, Request, Statistics, linear_inputs
+from .statistics import Calibration, Order, Request, Source, Statistics, linear_inputs, moments_in_order
+
+NOT_ASKED = "not asked for here"
+"""Why a pass that was given `Context.only` leaves the rest alone."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class Context:
     seed: int = 0
     ignore: tuple[str, ...] = ()
     """Module paths (prefixes) no lossy pass may touch."""
+    only: frozenset[str] | None = None
+    """Names of the nodes a pass is to look at; None: all."""
+    moments: Source | None = None
+    """Where a pass gets the moments of layers from that it rewrites in order; None: it asks for its own (see `moments_in_order`)."""
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     statistics: Statistics | None = None
     """What the pass requires, of the graph it is given."""
@@ -57,8 +64,14 @@ class Context:
         self.matched += 1
         self.declined.append(Declined(node.name, node.meta.get("path", ""), why))
 
+    def moments_in_order(self, graph: Graph, order: Order) -> Source:
+        """Where to get each layer's moments from; to be called before the first edit of `graph`."""
+        return self.moments or moments_in_order(graph, order, self.statistics, self.calibration)
+
     def ignored(self, node: fx.Node) -> str | None:
         """The sentence for a node the user asked to leave alone."""
+        if self.only is not None and node.name not in self.only:
+            return NOT_ASKED
         path = node.meta.get("path", "")
         hit = next((i for i in self.ignore if path == i or path.startswith(i + ".")), None)
         return f"the user asked to leave {hit} alone" if hit else None

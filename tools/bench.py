@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -59,3 +61,42 @@ def _timing(name: str, own: list[float], reference: list[float]) -> Timing:
     ratios = [a / b for a, b in zip(own, reference)]
     ratio_low, _, ratio_high = statistics.quantiles(ratios, n=4)
     return Timing(name, statistics.median(own), low, high, statistics.median(ratios), ratio_low, ratio_high)
+
+
+def peak_activation_bytes(call: Callable[[], Any]) -> int:
+    """The most bytes that tensors made during an eager torch call occupied at once: storages of op results, counted from when they
+    are made until they are let go; weights and inputs, which were there before, are not. Scratch memory inside an op is not seen.
+    """
+    import weakref
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    live, peak, known = 0, 0, set()
+
+    def let_go(key: int, nbytes: int) -> None:
+        nonlocal live
+        live -= nbytes
+        known.discard(key)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal live, peak
+            before = {s._cdata for s in _storages(args, kwargs)}
+            result = function(*args, **(kwargs or {}))
+            for storage in _storages(result, None):
+                key = storage._cdata
+                if key not in known and key not in before:
+                    known.add(key)
+                    live += storage.nbytes()
+                    weakref.finalize(storage, let_go, key, storage.nbytes())
+            peak = max(peak, live)
+            return result
+
+    def _storages(*values: Any) -> list[Any]:
+        return [t.untyped_storage() for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
+
+    with Watch():
+        kept = call()
+    del kept
+    return peak

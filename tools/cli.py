@@ -196,6 +196,45 @@ def evaluate(
 
 
 @app.command()
+def finetune(
+    student: Annotated[str, typer.Argument(help="Saved result folder.")],
+    original: Annotated[str, typer.Option(help="What it was made of: hf:NAME_OR_FOLDER, zoo:NAME, .pt2 ... or its saved folder.")],
+    out: Annotated[str, typer.Option("-o", "--out", help="Folder of the recovered result; OUT.checkpoint lies beside it until then.")],
+    data: Annotated[str | None, typer.Option(help="Batches of inputs: .npz, .jsonl or .txt; zoo models have their own.")] = None,
+    tokenizer: Tokenizer = None,
+    inputs: Inputs = None,
+    steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="End after so much wall time (10 without --steps).")] = None,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    loss: Annotated[str, typer.Option(help="auto, kl, mse or cosine.")] = "auto",
+    temperature: Annotated[float, typer.Option(help="Of the logits.")] = 1.0,
+    hidden: Annotated[float, typer.Option(help="Weight of the residual stream's relative error in the loss.")] = 0.0,
+    trainable: Annotated[list[str] | None, typer.Option(help="all, rewritten, or a path of weights; repeat for several.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile both models.")] = False,
+    seed: int = 0,
+    judgings: Annotated[int, typer.Option(help="Looks at held-out data on the way.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Recover a rewritten model by distillation from its original; a run that stopped goes on from its checkpoint."""
+    from . import present
+    from .calibration import calibration
+    from .finetune import checkpoint_of, finetune_folder
+    from .models import load_model
+
+    _check_folder(out)
+    batches = calibration(data, tokenizer=tokenizer) if data is not None else ()
+    if checkpoint_of(out).exists():
+        print(f"going on from {checkpoint_of(out)}", file=sys.stderr)
+    only = trainable[0] if trainable and trainable[0] in ("all", "rewritten") else trainable or "all"
+    options: dict[str, Any] = {"steps": steps, "minutes": minutes, "rate": rate, "loss": loss, "temperature": temperature, "hidden": hidden}
+    options |= {"trainable": only, "precision": precision, "compiled": compiled, "seed": seed, "judgings": judgings}
+    with present.progress() as bar:
+        found = finetune_folder(student, load_model(original, inputs), out, batches, progress=bar, **options)
+    _print({"student": student, "original": original, "output": out, **found.as_dict()}, as_json, lambda: present.recovery(found, out))
+
+
+@app.command()
 def bench(
     models: Annotated[list[str], typer.Argument(help="Models or .onnx files; the first is the reference.")],
     inputs: Inputs = None,
@@ -400,6 +439,12 @@ def _check_out(out: str) -> None:
     if path.suffix not in ("", ".onnx", ".pt2"):
         raise UsageError(f"can't tell what to write from {out!r}: end it in .onnx or .pt2, or name a folder")
     check_writable(path)
+
+
+def _check_folder(out: str) -> None:
+    if Path(out).suffix in (".onnx", ".pt2"):
+        raise UsageError(f"{out} is not a folder: the recovered result is saved as one, and `rewright export` or `optimize -o` make other formats of it")
+    _check_out(out)
 
 
 def _write(result: Any, out: str, profile: str, opset: int | None) -> str:

@@ -40,8 +40,8 @@ from .models import Flat, Loaded, as_flat, load_model, own_metric, random_inputs
 Progress = Callable[[str, int, int], None]
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    pass
+def silent(what: str, done: int, total: int) -> None:
+    """No progress is shown."""
 
 
 @dataclass
@@ -129,7 +129,7 @@ def optimize(
     verify: bool = True,
     ignore: Sequence[str] = (),
     latency: Callable[[Graph], float] | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Result:
     """Rewrite a model by a recipe, every pass verified.
 
@@ -141,8 +141,8 @@ def optimize(
     Raises RecipeError, InputFileError, CaptureError, PromiseBroken (a required pass matched nothing).
     """
     plan = as_recipe(recipe)
-    loaded = _loaded(model, example_inputs)
-    batches = _batches(loaded, calibration)
+    loaded = loaded_from(model, example_inputs)
+    batches = batches_of(loaded, calibration)
     held = max(1, len(batches) // 4) if batches else 0
     fit, held_out = batches[: len(batches) - held] or batches, batches[len(batches) - held :]
     machine = Target.load(target or plan.target)
@@ -178,7 +178,8 @@ def as_recipe(recipe: str | Path | Recipe | Sequence[Pass]) -> Recipe:
     return Recipe.load(recipe) if isinstance(recipe, str | Path) else Recipe(tuple(recipe))
 
 
-def _loaded(model: Any, given: Any) -> Loaded:
+def loaded_from(model: Any, given: Any) -> Loaded:
+    """A model in any of the forms `optimize` takes, with the inputs given for it or those it brings."""
     if isinstance(model, Loaded):
         return model
     if isinstance(model, str | Path):
@@ -193,7 +194,7 @@ def _loaded(model: Any, given: Any) -> Loaded:
     return Loaded(type(model).__name__, graph, [graph.flat_inputs(args, kwargs)], model)
 
 
-def _batches(loaded: Loaded, calibration: Iterable[Any] | str | Path) -> list[Flat]:
+def batches_of(loaded: Loaded, calibration: Iterable[Any] | str | Path) -> list[Flat]:
     """The calibration data that was given, or what the model brings."""
     return [as_flat(loaded.graph, b) for b in _calibration(calibration)] or loaded.inputs[1:]
 
@@ -287,8 +288,8 @@ def explain(model: Graph | Loaded, name: str, most: int = 5, calibration: Iterab
 
     calibration: as `optimize` takes it, for a pass that requires statistics.
     """
-    loaded = _loaded(model, None)
-    graph, batches = loaded.graph, _batches(loaded, calibration)
+    loaded = loaded_from(model, None)
+    graph, batches = loaded.graph, batches_of(loaded, calibration)
     step = make_pass(name, options)
     if not graph.canonical:
         graph = Pipeline([], verify=False).run(graph).graph

@@ -231,6 +231,27 @@ def evaluation(found: Any) -> None:
     console.print(table)
 
 
+def recovery(found: Any, out: str) -> None:
+    """`finetune` for a person: the curve, then what came back."""
+    if found.trained.resumed_at is not None:
+        console.print(f"went on from step {found.trained.resumed_at}")
+    trained, of = found.weights
+    console.print(f"{', '.join(found.terms)}; trained {trained:,} of {of:,} weights on {found.data}; {found.conditions}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    names = [found.metric.name] if found.metric is not None else []
+    for name in ("step", "seconds", "rows", "loss", f"drift: {found.drift}", *names):
+        table.add_column(name, justify="right")
+    for i, row in enumerate(found.curve):
+        loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
+        cells = [f"{row['step']:,}", f"{row['seconds']:.0f}", f"{row['rows']:,}", loss, f"{row['drift']:.4f}", *(f"{row[n]:.4f}" for n in names)]
+        table.add_row(*cells, style="bold" if i == found.trained.best else None)
+    console.print(table)
+    if found.metric is not None and found.metric.on:
+        console.print(f"{found.metric.name}: on {found.metric.on}; nothing was chosen by it")
+    console.print(f"wrote {out}")
+    console.print(found.sentence(), style="bold", soft_wrap=True)
+
+
 def timings(found: dict[str, Any]) -> None:
     """`bench` for a person."""
     for shape, rows in found["shapes"].items():

@@ -24,21 +24,30 @@ def blocked_codes(packed: Tensor, bits: int, width: int, signed: bool) -> Tensor
     return symbolic(CODES, (packed,), attributes, dtype=torch.int8 if signed else torch.uint8, shape=(width, packed.shape[0]))
 
 
+FOLDED = ("Transpose", "Slice", "Squeeze", "Gather")
+"""What is computed where it reads nothing but initializers."""
+
+
 def fold(model: Any) -> None:
-    """Compute every Transpose and BlockedCodes of an initializer: behind a Transpose onnxruntime neither packs a weight nor fuses its product."""
+    """Compute every BlockedCodes of an initializer, and what `FOLDED` names: behind a Transpose onnxruntime neither packs a weight nor fuses its product."""
     import onnx_ir
 
     for node in list(model.graph):
-        computes = _transposed if node.op_type == "Transpose" else _blocked if f"{node.domain}::{node.op_type}" == CODES else None
-        source = node.inputs[0] if computes and node.inputs else None
-        if computes is None or source is None or not source.is_initializer() or source.const_value is None:
+        if not node.inputs or node.outputs[0].is_graph_output() or any(x is None or not x.is_initializer() or x.const_value is None for x in node.inputs):
             continue
-        result = node.outputs[0]
-        value = _initializer(model, f"{source.name}_{node.op_type.lower()}", computes(node, source.const_value))
-        onnx_ir.convenience.replace_all_uses_with(result, value)
+        if f"{node.domain}::{node.op_type}" == CODES:
+            tensor = _blocked(node, node.inputs[0].const_value)
+        elif not node.domain and node.op_type in FOLDED:
+            tensor = _computed(node)
+        else:
+            continue
+        sources = list(dict.fromkeys(node.inputs))
+        value = _initializer(model, f"{sources[0].name}_{node.op_type.lower()}", tensor)
+        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value)
         model.graph.remove(node, safe=True)
-        if not source.uses():
-            del model.graph.initializers[source.name]
+        for source in sources:
+            if not source.uses() and not source.is_graph_output():
+                del model.graph.initializers[source.name]
     model.opset_imports.pop(CODES.split("::")[0], None)
 
 
@@ -72,10 +81,12 @@ def _initializer(model: Any, name: str, tensor: Any) -> Any:
     return value
 
 
-def _transposed(node: Any, source: Any) -> Any:
+def _computed(node: Any) -> Any:
     import onnx_ir
+    from onnx.reference import ReferenceEvaluator
 
-    return onnx_ir.tensor(source.numpy().transpose(list(node.attributes["perm"].value)).copy())
+    found: Any = ReferenceEvaluator(onnx_ir.to_proto(node)).run(None, {x.name: x.const_value.numpy() for x in node.inputs})
+    return onnx_ir.tensor(found[0].copy())
 
 
 def _blocked(node: Any, source: Any) -> Any:

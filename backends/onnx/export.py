@@ -29,6 +29,8 @@ Profile = Literal["ort", "pure"]
 FORMS: dict[str, dict[Profile, int]] = {
     "add_layer_norm": {"ort": 17},
     "attention": {"ort": 23},
+    "block_dense_linear": {"ort": 13, "pure": 13},
+    "block_shuffle_linear": {"ort": 13, "pure": 13},
     "embedding_nbits": {"ort": 14},
     "linear_fp8": {"ort": 19, "pure": 19},
     "linear_int8_dynamic": {"ort": 11, "pure": 11},

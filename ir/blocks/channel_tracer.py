@@ -114,7 +114,7 @@ class ChannelTracer:
     def _needs(self, node: fx.Node) -> list[fx.Node]:
         if node.op != "call_function" or is_size(node) or self._starts(node) or op_name(node).startswith("new_") or op_name(node).endswith("_like"):
             return []
-        if self.producer is not None and node < self.producer:
+        if self.producer is not None and node < self.producer or _is_constant(node):
             return []
         if node.target in (ours.attention.default, ours.multi_head_attention.default):
             return [n for n in (node.args[2], *(node.args[:2] if self.producer else ())) if isinstance(n, fx.Node)]
@@ -176,6 +176,8 @@ class ChannelTracer:
             return found if isinstance(found, str) else ([found[0], found[0]], Step(node, "norm"))
         if target in LAST_AXIS_NORMS or target in CHANNEL_NORMS:
             return codes, Step(node, "norm")
+        if target is aten._native_batch_norm_legit_no_training.default:
+            return [codes, None, None], Step(node, "norm")
         if target is ours.rope.default:
             return codes, Step(node, "rope", int(node.meta["val"].shape[-1]))
         if target in (ours.attention.default, ours.multi_head_attention.default):
@@ -294,6 +296,8 @@ def _kind(node: fx.Node, others: list[Any], coded: int) -> str:
 
 def _is_constant(node: Any) -> bool:
     source = past_layout(node)
+    if isinstance(source, fx.Node) and source.target is aten.index.Tensor:  # rows of a table: the biases of experts
+        source = past_layout(source.args[0])
     return isinstance(source, fx.Node) and source.op == "get_attr"
 
 

@@ -7,15 +7,17 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..evaluate import op_name
+from ..evaluate import is_size, op_name
 from ..graph import Graph
 from ..nodes import is_looked_through, number
+from .channel_constants import is_batch_norm
 from .channel_tracer import ChannelTracer, Step
 from .norms import norm_position
 from .residual import Streams
 from .vocabulary import (
     ACTIVATIONS,
     CHANNEL_NORMS,
+    FUSED_NORMS,
     LAST_AXIS_NORMS,
     LAYOUT,
     SQUARES,
@@ -79,6 +81,23 @@ class FFNBlock:
     def act(self) -> str:
         """The activation's name."""
         return _name(self.activation)
+
+    @property
+    def residual_pair(self) -> tuple[fx.Node, fx.Node] | None:
+        """(what `residual` adds the result to, their sum), or None."""
+        value = self.down
+        for _ in range(_FAR):
+            if self.residual in value.users:
+                first, second = self.residual.args[:2]
+                total: Any = self.residual
+                if self.residual.target in FUSED_NORMS:  # the normed sum comes first
+                    total = next((u for u in self.residual.users if u.args[1] == 1), None)
+                start: Any = first if second is value else second
+                return None if total is None else (start, total)
+            value = next((u for u in value.users if not is_size(u)), None)
+            if value is None:
+                return None
+        return None
 
     def __str__(self) -> str:
         parts = [f"{self.width} -> {self.hidden}, {self.act}"]
@@ -192,6 +211,8 @@ def _inner(graph: Graph, value: Any) -> fx.Node | None:
             if len(tensors) != 1:
                 return value if value.target is aten.mul.Tensor else None
             value = past_casts(tensors[0])
+        elif is_batch_norm(value):
+            value = past_casts(value.args[0].args[0])  # type: ignore[union-attr]
         elif value.target in LAST_AXIS_NORMS or value.target in CHANNEL_NORMS or value.target in LAYOUT or is_depthwise_convolution(value):
             value = past_casts(value.args[0])
         else:

@@ -39,7 +39,9 @@ QUANTIZED_LINEARS = (
     ours.linear_fp8.default,
 )
 """Linears on codes: blocks have them as projections, no edit changes their weights."""
-LINEARS = (aten.linear.default, *QUANTIZED_LINEARS)
+BLOCK_LINEARS = (ours.block_dense_linear.default, ours.block_shuffle_linear.default)
+"""Linears whose matrix is a product: blocks have them as projections, no edit changes their weights."""
+LINEARS = (aten.linear.default, *QUANTIZED_LINEARS, *BLOCK_LINEARS)
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding, aten.conv1d.padding)
 FUSED_NORMS = (ours.add_layer_norm.default, ours.add_rms_norm.default)
 LAST_AXIS_NORMS = (aten.layer_norm.default, ours.rms_norm.default, aten.rms_norm.default)
@@ -97,7 +99,7 @@ _POINTWISE = {
 
 
 def is_linear(node: Any) -> bool:
-    """A linear layer, dense or quantized."""
+    """A linear layer: dense, quantized or a product of blocks."""
     return isinstance(node, fx.Node) and node.target in LINEARS
 
 

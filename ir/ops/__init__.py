@@ -3,6 +3,8 @@
 from . import add_layer_norm as add_layer_norm
 from . import add_rms_norm as add_rms_norm
 from . import attention as attention
+from . import block_dense_linear as block_dense_linear
+from . import block_shuffle_linear as block_shuffle_linear
 from . import embedding_int8 as embedding_int8
 from . import embedding_nbits as embedding_nbits
 from . import grouped_linear as grouped_linear
@@ -21,6 +23,8 @@ OPS = (
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "block_dense_linear",
+    "block_shuffle_linear",
     "embedding_int8",
     "embedding_nbits",
     "grouped_linear",

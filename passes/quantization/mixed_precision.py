@@ -13,14 +13,14 @@ from torch import Tensor, fx
 from ...ir.errors import RecipeError, UsageError
 from ...ir.graph import Flat, Graph
 from ...ir.nodes import argument
+from ..knapsack import Table, exact, greedy, total
 from ..rewrite import Context
+from ..sensitivity import Drift, Sensitivity
 from ..statistics import Request
-from .allocation import Table, exact, greedy, total
 from .layer import LayerQuantizer
 from .linear_options import Inserter, LinearOptions
 from .reduced_range import reduced_range
 from .scheme import Scheme, scheme
-from .sensitivity import Drift, Sensitivity
 from .stored import other_reader
 
 aten = torch.ops.aten
@@ -98,7 +98,7 @@ class MixedPrecision(LinearOptions):
         for i, (node, drift_of) in enumerate(sensitivity.alone([layer.node for layer in layers])):
             context.progress(f"sensitivity of {node.meta.get('path') or node.name}", i, len(layers))
             for option in layers[i].options:
-                option.drift = drift_of(option.run) if option.quantizer else 0.0
+                option.drift = drift_of({node: option.run}) if option.quantizer else 0.0
         if self.budget_drift is not None:
             chosen, measured = self._within_drift(layers, self.budget_drift, sensitivity)
         else:

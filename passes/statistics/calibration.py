@@ -19,6 +19,7 @@ from .accumulators import Channels
 from .gradients import Loss, WeightGradient, gradients, samples
 from .jobs import GRADIENTS, Job, Wanted, accumulator, checked, gradient_accumulator
 from .keys import data_key, function_key, hashed, value_keys
+from .own_loss import own_loss
 from .requests import Request, merged
 from .results import Results, Statistics
 from .rows import Flat, RowSelection
@@ -39,7 +40,7 @@ class Calibration:
       one on the same values, takes what is there.
     exclude_positions: tokens left out of every text, counted from its first real one: (0,) for the BOS token, whose
       activations can be a thousand times those of all others.
-    loss: (flat outputs, flat inputs) -> scalar, for gradients.
+    loss: (flat outputs, flat inputs) -> scalar, for gradients; without one they are of the model's own likelihood (own_loss).
     """
 
     batches: Sequence[Flat]
@@ -98,7 +99,7 @@ class Calibration:
                 elif family == "influence":
                     parts.append(cones[w.reads[1]])
                 elif family in GRADIENTS:
-                    parts += [w.node.name, function_key(self.loss), *(cones[n] for n in outputs)]
+                    parts += [w.node.name, function_key(self.loss) if self.loss else self.seed, *(cones[n] for n in outputs)]
                 found.append((w, family, hashed(data, *parts)))
         return found
 
@@ -151,8 +152,6 @@ class Calibration:
         return walk, jobs_at
 
     def _run_backward(self, graph: Graph, missing: list[tuple[Wanted, str, str]]) -> None:
-        if self.loss is None:
-            raise UsageError("gradients need a loss: give calibration loss=(flat outputs, flat inputs) -> scalar")
         if graph.on_meta:
             raise UsageError("gradients need all weights in memory, and the graph has none; Graph.materialize fills it")
         parts = samples(graph, self.batches)
@@ -160,7 +159,7 @@ class Calibration:
         found: list[tuple[Wanted, str, str, Any]] = [(w, f, key, gradient_accumulator(graph, w, f)) for w, f, key in missing]
         values = list(dict.fromkeys(w.node for w, _, _ in missing))
         self.runs += 1
-        for i, by_node in enumerate(gradients(graph, parts, values, self.loss)):
+        for i, by_node in enumerate(gradients(graph, parts, values, self.loss or own_loss(graph, self.seed))):
             for w, _, _, sums in found:
                 if isinstance(sums, WeightGradient):
                     sums.add(by_node[w.node])

@@ -19,8 +19,9 @@ from rewright.ir.errors import ResourceError, UsageError
 from rewright.ir.graph import Graph
 from rewright.passes.pipeline import Pipeline
 from rewright.passes.rewrite import Context, GraphPass
-from rewright.passes.statistics import Calibration, Request, cross_grams, linear_inputs
+from rewright.passes.statistics import Calibration, Moments, Request, linear_inputs, moments, moments_in_order
 from rewright.passes.statistics.accumulators import Gram, Reservoir
+from rewright.passes.statistics.own_loss import own_loss
 
 _spec = importlib.util.spec_from_file_location("statistics_encoder", Path(__file__).parent / "encoder.py")
 assert _spec is not None and _spec.loader is not None
@@ -257,30 +258,109 @@ def test_gradients_are_squared_sample_by_sample(graph: Graph, batches: list) -> 
     torch.testing.assert_close(columns, mean.mean(0), rtol=1e-5, atol=1e-5)
     gram = found[activation].gradient_gram
     torch.testing.assert_close(gram.diagonal(), found[activation].gradient_square[1], rtol=1e-5, atol=1e-5)
-    with pytest.raises(UsageError, match="need a loss"):
-        Calibration(batches).gather(graph, requests)
 
 
-def test_cross_grams_pair_the_same_tokens_of_two_programs(graph: Graph, batches: list) -> None:
-    other = capture(_perturbed(), (), _encoder.example())
-    other = Pipeline([], verify=False).run(other).graph
-    names = [r.value for r in linear_inputs(graph, {"mean"})][2:5]
-    found = {}
-    for limit in (None, 64 * 64 * 8 + 1):
-        calibration = Calibration(batches, memory_limit=limit)
-        found[limit] = cross_grams(graph, other, {n: n for n in names}, calibration)
-        assert calibration.runs == (1 if limit is None else 3)
-    for name in names:
-        a, b = real_rows(graph, batches, name), real_rows(other, batches, name)
-        torch.testing.assert_close(found[None][name], a.T @ b / len(a), **CLOSE)
-        assert all(torch.equal(found[None][name], f[name]) for f in found.values())
+def test_without_a_loss_gradients_are_of_the_models_own_likelihood() -> None:
+    """For logits z = W x the Fisher of W is E[x^2] times the variance of the softmax: p (1 - p)."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 4), torch.randn(4000, 3)
+    graph = Pipeline([], verify=False).run(capture(model, (x,))).graph
+    weight = next(n for n in graph.fx.nodes if n.op == "get_attr" and n.meta["val"].dim() == 2)
+    request = Request(weight.name, frozenset({"gradient"}))
+    calibration = Calibration([(x,)])
+    rows, columns = calibration.gather(graph, [request])[weight].gradient_square
+    p = model(x).softmax(-1).detach().double()
+    want = (p * (1 - p)).T @ x.double().square() / len(x)
+    torch.testing.assert_close(rows, want.mean(1), rtol=0.1, atol=0)
+    torch.testing.assert_close(columns, want.mean(0), rtol=0.1, atol=0)
+    again = Calibration([(x,)]).gather(graph, [request])[weight].gradient_square
+    assert torch.equal(rows, again[0])
+    assert not torch.equal(rows, Calibration([(x,)], seed=1).gather(graph, [request])[weight].gradient_square[0])
 
 
-def _perturbed() -> nn.Module:
-    model = _encoder.encoder()
-    with torch.no_grad():
-        model.layers[0].up.weight.mul_(1.3)
-    return model
+def test_the_own_likelihood_of_other_outputs_is_a_unit_normal_and_padding_counts_for_nothing(graph: Graph, batches: list) -> None:
+    loss = own_loss(graph)
+    flat = tuple(t[:1] for t in batches[0])
+    output = graph.run(flat)[0].requires_grad_()
+    [gradient] = torch.autograd.grad(loss((output,), flat), output)
+    real = flat[1][0] != 0
+    assert not real.all() and (gradient[0][~real] == 0).all()
+    assert 0.85 < gradient[0][real].square().mean() < 1.15  # the drawn noise itself
+
+
+# -- moments of layers rewritten one by one -----------------------------------------------------------------------------
+
+
+def _up_projections(graph: Graph) -> list[fx.Node]:
+    return [n for n in graph.find(aten.linear.default) if n.meta["val"].shape[-1] == 128]
+
+
+def _with_rows_dropped(graph: Graph, linear: fx.Node) -> None:
+    """An edit: the up projection by one of the same shape that ignores half its inputs."""
+    w: Any = linear.args[1]
+    new = graph.add_weight(f"{w.target}_edited", lambda w: torch.cat([w[:, :32] * 1.5, torch.zeros_like(w[:, 32:])], 1), str(w.target), like=linear)
+    linear.args = (linear.args[0], new, *linear.args[2:])
+
+
+@pytest.mark.parametrize("order", ["oneshot", "sequential", "asymmetric"])
+def test_moments_in_order_are_of_the_program_with_the_layers_before_it_rewritten(order: Any, graph: Graph, batches: list) -> None:
+    edited, calibration = graph.draft(), Calibration(batches)
+    places = [(act.name, up.args[0].name, up.name) for up in _up_projections(edited) for act in up.users]  # type: ignore[union-attr]
+    statistics = calibration.gather(graph, [Request(value, frozenset({"gram"})) for value, _, _ in places])
+    source = moments_in_order(edited, order, statistics, calibration)
+    for value, start, up in places:
+        nodes = {n.name: n for n in edited.fx.nodes}
+        found = source(nodes[value], nodes[start])
+        edited.recompile()
+        x, x0 = real_rows(graph if order == "oneshot" else edited, batches, value), real_rows(graph, batches, value)
+        torch.testing.assert_close(found.gram, x.T @ x / len(x), **CLOSE)
+        torch.testing.assert_close(found.mean, x.mean(0), **CLOSE)
+        if order == "asymmetric":
+            torch.testing.assert_close(found.cross, x0.T @ x / len(x), **CLOSE)
+            torch.testing.assert_close(found.mean_original, x0.mean(0), **CLOSE)
+        else:
+            assert found.cross is None
+        _with_rows_dropped(edited, nodes[up])  # what lay behind `start` was only looked at
+    assert torch.allclose(x, x0) == (order == "oneshot")  # of the last layer
+
+
+def test_following_an_edited_program_holds_only_what_calls_to_come_will_read(graph: Graph, batches: list) -> None:
+    edited, calibration = graph.draft(), Calibration(batches)
+    follower = moments._Follower(edited, calibration)
+    for up in _up_projections(edited):
+        act = next(iter(up.users))
+        list(follower.rows(act.name, up.args[0].name))  # type: ignore[union-attr]
+        held = {n for n in follower.held[0] if n.op == "call_function"}
+        assert up.args[0] in held and act not in held
+        assert all(any(user not in follower.done for user in n.users) for n in held)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_the_target_of_asymmetric_moments_splits_the_error_exactly(affine: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x0 = torch.randn(500, 12, generator=generator, dtype=torch.float64) + 0.7
+    x = x0 @ (torch.eye(12) + 0.2 * torch.randn(12, 12, generator=generator)).double() + 0.3
+    w, b, other = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5, 12), (5,), (5, 12)))
+    m = Moments(x.T @ x / 500, x.mean(0), x0.T @ x / 500, x0.mean(0))
+    new, offset = m.target(w, b, affine=affine, ridge=0)
+    wanted = x0 @ w.T + b
+    if affine:
+        shift = wanted.mean(0) - x.mean(0) @ other.T
+        assert torch.allclose(offset, wanted.mean(0) - x.mean(0) @ new.T)
+    else:
+        shift, wanted = torch.zeros(5), wanted - b
+        assert torch.equal(offset, b)
+        offset = torch.zeros(5)
+    whole = (wanted - x @ other.T - shift).square().sum()
+    parts = (wanted - x @ new.T - offset).square().sum() + (x @ (new - other).T + offset - shift).square().sum()
+    torch.testing.assert_close(whole, parts, rtol=1e-10, atol=0)
+    damped, _ = m.target(w, b, affine=affine, ridge=1e9)
+    torch.testing.assert_close(damped, w, rtol=1e-6, atol=1e-6)  # a ridge pulls to the layer as it was
+
+
+def test_moments_need_calibration_data_and_say_so(graph: Graph) -> None:
+    with pytest.raises(UsageError, match="need calibration data"):
+        moments_in_order(graph, "asymmetric", None, None)
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------

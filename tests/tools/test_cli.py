@@ -232,6 +232,35 @@ def test_lists_answer_in_words_and_json(capsys, verb: str) -> None:
     assert json.loads(out)
 
 
+def test_finetune_recovers_a_saved_result_goes_on_when_interrupted_and_refuses_in_words(capsys, tmp_path: Path, monkeypatch) -> None:
+    run(capsys, "optimize", "py:my_models:small", "-p", "quantize-linear:min_weights=1", "-o", "int8")
+    numpy.savez(tmp_path / "data.npz", x=numpy.random.default_rng(0).standard_normal((8, 16, 64), dtype=numpy.float32))
+    code, _, err = run(capsys, "finetune", "int8", "--original", "py:my_models:small", "-o", "out")
+    assert (code, "no data to learn from: give --data FILE" in err) == (2, True)
+    run(capsys, "optimize", "py:my_models:small", "-p", "ffn-width:ratio=0.5,selection=prefix,refit=none,round_to=1", "--calibration", "data.npz", "-o", "half")
+    command = ["finetune", "half", "--original", "py:my_models:small", "--data", "data.npz", "-o", "out", "--steps", "12", "--rate", "0.003", "--judgings", "3"]
+
+    def interrupted(bar: object) -> None:
+        if (tmp_path / "out.checkpoint").exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rewright.tools.training._Run.take_step", lambda self, share: interrupted(self))
+        code, _, err = run(capsys, *command)
+    assert (code, "the same command goes on from there" in err, (tmp_path / "out").exists()) == (130, True, False)
+    code, out, err = run(capsys, *command, "--json")
+    found = json.loads(out)
+    assert code == 0 and "going on from out.checkpoint" in err and found["resumed_at"] == 0
+    assert [row["step"] for row in found["curve"]] == [0, 4, 8, 12]
+    assert found["improved"] and found["drift_came_back"] > 0.1
+    assert not (tmp_path / "out.checkpoint").exists()
+    drift = {name: json.loads(run(capsys, "verify", "py:my_models:small", name, "--json")[1])["relative_error"] for name in ("half", "out")}
+    assert drift["out"] < drift["half"]
+    code, out, _ = run(capsys, *command)
+    assert code == 0
+    assert "seconds" in out and "drift: " in out and out.splitlines()[-1].split(" % of the loss came back in ")[0].isdigit()
+
+
 def test_a_recipe_is_copied_by_name(capsys, tmp_path: Path) -> None:
     _, out, _ = run(capsys, "recipes", "clean")
     (tmp_path / "my.toml").write_text(out)

@@ -81,6 +81,27 @@ def test_what_calibrates_is_not_what_judges():
     assert not windows[0] & windows[1]
 
 
+def test_what_trains_is_neither_judged_nor_chosen_by(monkeypatch):
+    others = {*docstrings()[: minilm.HELD_OUT], *minilm.judged_texts("calibration"), *(text for text, _ in described_functions())}
+    assert len(minilm.training_texts()) > 1000 and not set(minilm.training_texts()) & others
+    monkeypatch.setattr(digits_vit, "augmented", lambda images, generator: images)
+    seen = {x.numpy().tobytes() for step in range(9) for x in zoo("digits-vit").training_batch(step, 0)["pixel_values"]}
+    assert len(seen) > 300 and not seen & {x.numpy().tobytes() for batch in zoo("digits-vit").validation() for x in batch["pixel_values"]}
+    training, validating = map(set, stdlib_lm.training_modules())
+    assert len(training) > 15 * len(validating) > 0
+    assert not validating & training and not (validating | training) & set(stdlib_lm.corpus()[1])
+
+
+@pytest.mark.parametrize("name", ["minilm", "digits-vit"])
+def test_a_training_batch_follows_from_its_step_and_seed(name):
+    batch = {key: next(iter(zoo(name).training_batch(*key).values())) for key in ((0, 0), (1, 0), (0, 1))}
+    assert torch.equal(batch[0, 0], next(iter(zoo(name).training_batch(0, 0).values())))
+    assert not torch.equal(batch[0, 0], batch[1, 0]) and not torch.equal(batch[0, 0], batch[0, 1])
+    windows = [stdlib_lm.training_windows(torch.arange(9000, dtype=torch.int16), *key) for key in ((0, 0), (0, 0), (1, 0), (0, 1), (4, 0))]
+    assert torch.equal(windows[0], windows[1]) and not any(torch.equal(windows[0], w) for w in windows[2:])
+    assert windows[0].shape == (8, stdlib_lm.CONTEXT + 1) and bool((windows[0].diff() == 1).all())
+
+
 def test_a_module_and_its_tests_are_on_the_same_side():
     """Whatever the Python that runs this comes with: some leave the tests out."""
     training, held_out = stdlib_lm.corpus()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from ...ir.errors import UsageError, near
@@ -24,7 +25,7 @@ Split = Literal["held_out", "calibration"]
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A trained model and what is needed to calibrate and to judge it; calibration data is disjoint from the judge's."""
+    """A trained model and what is needed to calibrate, to judge and to train it further; all other data is disjoint from the judge's."""
 
     name: str
     module: nn.Module
@@ -32,6 +33,12 @@ class ZooModel:
     calibration: list[Batch]
     judge: Callable[..., list[Score]]
     """(run, most=None, split="held_out") -> scores, the model's own metric first; `most`: only so many items."""
+    glance: int
+    """Items of the judge that are enough for a look during a training run."""
+    training_batch: Callable[[int, int], Batch]
+    """(step, seed) -> a batch of training data, none of it the judge's or in `validation`."""
+    validation: Callable[[], list[Batch]]
+    """Batches to choose weights by during a training run, none of them the judge's."""
 
 
 def load_zoo(name: str) -> ZooModel:
@@ -44,6 +51,11 @@ def load_zoo(name: str) -> ZooModel:
         return {"minilm": minilm, "digits-vit": digits_vit, "stdlib-lm": stdlib_lm}[name].load()
     except ImportError as error:
         raise UsageError(f"zoo:{name} needs the package {error.name}; install rewright[zoo]") from error
+
+
+def drawn(step: int, seed: int = 0) -> torch.Generator:
+    """The random numbers of one training step."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + 1 + step)
 
 
 @contextlib.contextmanager

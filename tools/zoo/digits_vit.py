@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..score import Run, Score, mean, proportion
-from . import DATA, Split, ZooModel, offline
+from . import DATA, Batch, Split, ZooModel, drawn, offline
 
 WEIGHTS = DATA / "digits_vit.safetensors"
+CALIBRATION = 128  # training images
 
 
 def untrained() -> nn.Module:
@@ -73,7 +74,21 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 def load() -> ZooModel:
     """The model with 16 calibration batches of 8 training images, judged by `judge`."""
     batches = [{"pixel_values": x} for x in _labelled("calibration")[0].split(8)]
-    return ZooModel("digits-vit", trained(), {"pixel_values": batches[0]["pixel_values"][:2]}, batches, judge)
+    example = {"pixel_values": batches[0]["pixel_values"][:2]}
+    return ZooModel("digits-vit", trained(), example, batches, judge, 599, _training_batch, lambda: batches)
+
+
+def _training_batch(step: int, seed: int = 0) -> Batch:
+    """64 augmented training digits, none that calibrates."""
+    images_, labels, _, _ = images()
+    return {"pixel_values": training_images(images_[CALIBRATION:], labels[CALIBRATION:], step, seed)[0]}
+
+
+def training_images(images: Tensor, labels: Tensor, step: int, seed: int = 0, batch: int = 64) -> tuple[Tensor, Tensor]:
+    """That step's augmented images [batch, 1, 32, 32] and their labels."""
+    generator = drawn(step, seed)
+    chosen = torch.randint(len(images), (batch,), generator=generator)
+    return augmented(images[chosen], generator), labels[chosen]
 
 
 def judge(run: Run, most: int | None = None, split: Split = "held_out") -> list[Score]:
@@ -87,7 +102,7 @@ def judge(run: Run, most: int | None = None, split: Split = "held_out") -> list[
 
 def _labelled(split: Split) -> tuple[Tensor, Tensor]:
     training, training_labels, held_out, held_out_labels = images()
-    return (held_out, held_out_labels) if split == "held_out" else (training[:128], training_labels[:128])
+    return (held_out, held_out_labels) if split == "held_out" else (training[:CALIBRATION], training_labels[:CALIBRATION])
 
 
 def _answers(run: Run, images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..score import Run, Score, mean, proportion
-from . import Batch, Split, ZooModel, offline
+from . import Batch, Split, ZooModel, drawn, offline
 from .texts import described_functions, docstrings
 
 HELD_OUT, CALIBRATION = 512, 256  # texts
@@ -38,7 +38,21 @@ def tokenizer() -> Any:
 def load() -> ZooModel:
     """The model with 32 calibration batches of 8 docstrings, judged by `judge`."""
     texts = judged_texts("calibration")
-    return ZooModel("minilm", trained(), encode(judged_texts("held_out")[:2], 16), [encode(texts[i : i + 8]) for i in range(0, len(texts), 8)], judge)
+    batches = [encode(texts[i : i + 8]) for i in range(0, len(texts), 8)]
+    return ZooModel("minilm", trained(), encode(judged_texts("held_out")[:2], 16), batches, judge, 64, training_batch, lambda: batches)
+
+
+def training_batch(step: int, seed: int = 0) -> Batch:
+    """32 docstrings that neither calibrate nor are judged."""
+    texts = training_texts()
+    return encode([texts[i] for i in torch.randperm(len(texts), generator=drawn(step, seed))[:32].tolist()])
+
+
+@cache
+def training_texts() -> list[str]:
+    """The docstrings no judge and no calibration sees."""
+    others = {*judged_texts("held_out"), *judged_texts("calibration"), *(text for text, _ in described_functions())}
+    return [text for text in docstrings() if text not in others]
 
 
 def judged_texts(split: Split) -> list[str]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..score import Run, Score, ratio
-from . import DATA, Split, ZooModel, offline
+from . import DATA, Batch, Split, ZooModel, drawn, offline
 
 WEIGHTS, TOKENIZER, TOKENS = DATA / "stdlib_lm.safetensors", DATA / "stdlib_lm_tokenizer.json", DATA / "stdlib_lm_tokens.safetensors"
 CONTEXT = 256  # tokens of a training window
@@ -59,7 +59,8 @@ def tokens(split: Split) -> tuple[Tensor, Tensor]:
 def load() -> ZooModel:
     """The model with 16 calibration batches of 4 windows of training modules, judged by `judge`."""
     ids = tokens("calibration")[0][:, :-1]
-    return ZooModel("stdlib-lm", trained(), {"input_ids": ids[:2, :16]}, [{"input_ids": x} for x in ids.split(4)], judge)
+    batches = [{"input_ids": x} for x in ids.split(4)]
+    return ZooModel("stdlib-lm", trained(), {"input_ids": ids[:2, :16]}, batches, judge, 64, _training_batch, _validation)
 
 
 def judge(run: Run, most: int | None = None, split: Split = "held_out") -> list[Score]:
@@ -102,7 +103,50 @@ def _original_next_tokens(split: Split) -> tuple[Tensor, Tensor]:
     return _next_tokens(lambda batch: model(**batch).logits, tokens(split)[0])
 
 
-# -- making the data (only training needs this) -------------------------------------------------------------------------
+# -- training data ------------------------------------------------------------------------------------------------------
+
+
+def training_windows(stream: Tensor, step: int, seed: int = 0, batch: int = 8) -> Tensor:
+    """That step's windows [batch, CONTEXT + 1] of a stream of tokens; every epoch cuts it at other places."""
+    a_epoch = (len(stream) - 2 * CONTEXT) // CONTEXT // batch  # steps
+    epoch, i = divmod(step, a_epoch)
+    generator = drawn(10**6 + epoch, seed)
+    offset = int(torch.randint(CONTEXT, (1,), generator=generator))
+    places = torch.randperm(a_epoch * batch, generator=generator)[i * batch : (i + 1) * batch]
+    return torch.stack([stream[offset + p * CONTEXT :][: CONTEXT + 1] for p in places.tolist()]).long()
+
+
+def encoded(paths: list[str]) -> list[Tensor]:
+    """The tokens of source files, each behind an END."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    return [torch.tensor([0, *e.ids], dtype=torch.int16) for e in tokenizer.encode_batch([read(p) for p in paths])]
+
+
+def _training_batch(step: int, seed: int = 0) -> Batch:
+    return {"input_ids": training_windows(_training_stream(), step, seed)[:, :-1]}
+
+
+@cache
+def _training_stream() -> Tensor:
+    """The modules to train on as tokens: reading them takes half a minute."""
+    return torch.cat(encoded(training_modules()[0]))
+
+
+def _validation() -> list[Batch]:
+    """32 windows, 4 a batch."""
+    ids, _ = windows(encoded(training_modules()[1]), 32)
+    return [{"input_ids": x} for x in ids[:, :-1].long().split(4)]
+
+
+def training_modules() -> tuple[list[str], list[str]]:
+    """Paths of the training modules, relative to the library: (to train further on, to choose weights by meanwhile)."""
+    paths, _ = corpus()
+    return [p for p in paths if _side(p) != 6], [p for p in paths if _side(p) == 6]
+
+
+# -- making the data ---------------------------------------------------------------------------------------------------
 
 
 def corpus() -> tuple[list[str], list[str]]:
@@ -114,8 +158,12 @@ def corpus() -> tuple[list[str], list[str]]:
     training, held_out = [], []
     for path in sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py")):
         if not path.startswith(("site-packages/", "encodings/", "pydoc_data/", "html/entities", "lib2to3/tests/data/", "test/bad")):
-            (held_out if zlib.crc32(_module(path).encode()) % 32 == 5 else training).append(path)
+            (held_out if _side(path) == 5 else training).append(path)
     return training, held_out
+
+
+def _side(path: str) -> int:
+    return zlib.crc32(_module(path).encode()) % 32
 
 
 def library() -> Path:

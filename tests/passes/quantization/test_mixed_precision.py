@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from rewright.ir.errors import RecipeError
 from rewright.ir.graph import Flat, Graph
+from rewright.passes.knapsack import exact, greedy, total
 from rewright.passes.pipeline import Outcome, Pipeline
-from rewright.passes.quantization.allocation import exact, greedy, total
 from rewright.passes.quantization.mixed_precision import MixedPrecision
 from rewright.passes.quantization.quantize_linear import QuantizeLinear
-from rewright.passes.quantization.sensitivity import Sensitivity
+from rewright.passes.sensitivity import Sensitivity
 from rewright.passes.statistics import Calibration
 from rewright.tools.optimize import capture
 
@@ -107,8 +107,8 @@ def test_the_drift_of_a_layer_alone_is_that_of_a_graph_with_it_quantized(logits:
         quantizer = step.quantizer(node, step.scheme, None)
         tensors = quantizer(*(graph.weight(w).detach() for w in node.args[1:]))  # type: ignore[arg-type]
         runs[node] = lambda x, quantizer=quantizer, tensors=tensors: quantizer.run(x, tensors)
-        alone[node.meta["path"]] = drift_of(runs[node])
-        assert drift_of(lambda x, node=node: nn.functional.linear(x, *(graph.weight(w) for w in node.args[1:]))) == 0  # type: ignore[arg-type]
+        alone[node.meta["path"]] = drift_of({node: runs[node]})
+        assert drift_of({node: lambda x, node=node: nn.functional.linear(x, *(graph.weight(w) for w in node.args[1:]))}) == 0  # type: ignore[arg-type]
     for paths, found in [((path,), drift) for path, drift in alone.items()] + [(tuple(alone), sensitivity.together(runs))]:
         quantized = Pipeline([QuantizeLinear(weights="int4-group", activations="none", group_size=32, only=paths)]).run(graph).graph
         a, b = (torch.cat([g.run(flat)[0] for flat in batches]).flatten(0, 1).double() for g in (graph, quantized))

@@ -1,4 +1,4 @@
-"""How far a program's outputs move when some of its linears compute with quantized weights: one layer at a time, or many."""
+"""How far a program's outputs move when something else computes some of its values: one layer at a time, or many."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from ...ir.graph import Flat, Graph
-from ...ir.nodes import no_op_source
-from ...ir.verify import padding_mask
-
-aten = torch.ops.aten
+from ..ir.graph import Flat, Graph
+from ..ir.verify import padding_mask
+from .statistics.own_loss import is_logits
 
 Replacement = Callable[[Tensor], Tensor]
-"""The input of a linear -> what stands in for its output."""
+"""The value a node is made of -> what stands in for the node's."""
 Drift = Literal["auto", "kl", "mse"]
 """KL divergence of the softmax in nats a row, or squared error relative to the output's; "auto": KL for outputs that a linear makes (logits)."""
 
 
 class Sensitivity:
-    """A graph's outputs on a few batches, and how far they are from there with replaced linears.
+    """A graph's outputs on a few batches, and how far they are from there with replaced nodes.
 
+    reads: node -> the value its replacement takes, for those that take another than their first operand.
     Holds each batch's outputs, and while it measures the values alive at one place, for all batches.
     """
 
-    def __init__(self, graph: Graph, batches: Sequence[Flat], drift: Drift = "auto") -> None:
-        self.graph, self.batches = graph, batches
+    def __init__(self, graph: Graph, batches: Sequence[Flat], drift: Drift = "auto", reads: Mapping[fx.Node, fx.Node] | None = None) -> None:
+        self.graph, self.batches, self.reads = graph, batches, dict(reads or {})
         self.nodes = graph.nodes
         self._outputs = [n for n in graph.output.all_input_nodes if isinstance(v := n.meta.get("val"), Tensor) and v.is_floating_point()]
-        self._kl = [drift == "kl" or drift == "auto" and _is_logits(n) for n in self._outputs]
-        last = {operand: i for i, node in enumerate(self.nodes) for operand in node.all_input_nodes if operand.op != "get_attr"}
+        self._kl = [drift == "kl" or drift == "auto" and is_logits(n) for n in self._outputs]
+        last = {operand: i for i, node in enumerate(self.nodes) for operand in [*node.all_input_nodes, *self._read(node)] if operand.op != "get_attr"}
         last.update(dict.fromkeys(graph.output.all_input_nodes, len(self.nodes)))
         self._dead: dict[int, list[fx.Node]] = {}
         for node, i in last.items():
@@ -41,20 +40,23 @@ class Sensitivity:
         self._reference = [self._finish(env, 0, {}) for env in self._start()]
 
     def together(self, replaced: Mapping[fx.Node, Replacement]) -> float:
-        """The drift with all these linears replaced."""
+        """The drift with all these nodes replaced."""
         return self._drift([self._finish(env, 0, replaced) for env in self._start()])
 
-    def alone(self, linears: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, Callable[[Replacement], float]]]:
-        """Each linear in graph order with a function: replacement -> drift. The run up to the linear is done once, the rest for every call.
+    def alone(self, places: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, Callable[[Mapping[fx.Node, Replacement]], float]]]:
+        """Each place in graph order with a function: replaced nodes, none before the place -> drift. What is before it runs once, the rest every call.
 
-        The function is good until the next linear is asked for.
+        The function is good until the next place is asked for.
         """
-        waiting, envs = set(linears), self._start()
+        waiting, envs = set(places), self._start()
         for i, node in enumerate(self.nodes):
             if node in waiting:
-                yield node, lambda new, i=i, node=node: self._drift([self._finish(dict(env), i, {node: new}) for env in envs])
+                yield node, lambda replaced, i=i: self._drift([self._finish(dict(env), i, replaced) for env in envs])
             for env in envs:
                 self._step(env, i, {})
+
+    def _read(self, node: fx.Node) -> list[fx.Node]:
+        return [self.reads[node]] if node in self.reads else []
 
     def _start(self) -> list[dict[fx.Node, Any]]:
         return [dict(zip(self.graph.inputs, flat)) for flat in self.batches]
@@ -69,7 +71,7 @@ class Sensitivity:
         node: Any = self.nodes[i]
         with torch.no_grad():
             if node in replaced:
-                env[node] = replaced[node](self._value(env, node.args[0]))
+                env[node] = replaced[node](self._value(env, self.reads[node] if node in self.reads else node.args[0]))
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(env, n))  # type: ignore[misc]
                 env[node] = node.target(*args, **kwargs)
@@ -103,9 +105,3 @@ def _rows_drift(a: Tensor, b: Tensor, kl: bool) -> Tensor:
 def _real(value: Tensor, mask: Tensor | None) -> Tensor:
     """Without padded tokens, where the value has a token axis."""
     return value[mask] if mask is not None and value.dim() > 2 and value.shape[:2] == mask.shape else value
-
-
-def _is_logits(node: fx.Node) -> bool:
-    while node.op == "call_function" and (source := no_op_source(node)) is not None:
-        node = source
-    return node.target is aten.linear.default

@@ -1,0 +1,28 @@
+"""Which linears a factorization is asked for."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import fx
+
+from ...ir.blocks import attention_blocks, ffn_blocks
+from ...ir.graph import Graph
+
+aten = torch.ops.aten
+
+Scope = Literal["ffn", "attention", "all"]
+"""ffn: up, gate and down projections; attention: q, k, v and output projections; all: every linear."""
+
+
+def linears_in(graph: Graph, scope: Scope) -> list[fx.Node]:
+    """The dense linears of a scope, in graph order."""
+    linears = graph.find(aten.linear.default)
+    if scope == "all":
+        return linears
+    if scope == "ffn":
+        inside = {n for b in ffn_blocks(graph) for n in (b.up, b.gate, b.down)}
+    else:
+        inside = {n for a in attention_blocks(graph) for n in (a.q, a.k, a.v, a.out, *a.other_outs)}
+    return [n for n in linears if n in inside]
