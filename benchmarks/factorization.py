@@ -1,6 +1,6 @@
 """Smaller feed-forward layers of real models: width, low rank and blocks at equal parameters; quality, latency, activation memory.
 
-usage: python benchmarks/factorization.py [minilm] [digits-vit] [stdlib-lm] [--table quality|latency|compiled|memory] [--only METHOD]
+usage: python benchmarks/factorization.py [minilm] [digits-vit] [stdlib-lm] [--table quality|latency|compiled|memory] [--only METHOD] [--keep SHARE]
 Writes benchmarks/factorization.json row by row (a row that is there is not made again), factorization.txt and factorization.svg.
 One thread. `keep` is the share of the feed-forward parameters that stays. Quality is that of the models' own judges on held-out
 data; latencies are ratios to the original, all rows of a shape in one process, alternating; memory is the peak of live activations.
@@ -36,14 +36,16 @@ def methods(keep: float) -> dict[str, dict[str, Any]]:
     return {
         "width obs": width,
         "width obs, asymmetric": {**width, "calibration": "asymmetric"},
+        "width obs, waterfill": {**width, "allocation": "waterfill"},
         "width energy": {**width, "selection": "energy"},
         "width leverage": {**width, "selection": "leverage"},
         "width random": {**width, "selection": "random"},
-        "width obs, no refit": {**width, "refit": "none"},
         "low-rank plain": {**rank, "score": "plain", "affine": False},
         "low-rank asvd": {**rank, "score": "asvd", "affine": False},
         "low-rank whitened": rank,
         "low-rank whitened, asymmetric": {**rank, "calibration": "asymmetric"},
+        "low-rank whitened, waterfill": {**rank, "allocation": "waterfill"},
+        "low-rank two-sided": {**rank, "score": "two-sided"},
         "block-dense": block,
         "block-shuffle": {**block, "kind": "block-shuffle"},
         "allocate": {"name": "allocate", "ratio": ratio, "choices": ["ffn-width:round_to=16", "low-rank:round_to=8"]},
@@ -106,7 +108,7 @@ def latency(model: str) -> dict[str, Any]:
         for shape in SHAPES[model]:
             flat = sized_inputs(graph, model, shape)
             calls = {row: (lambda s=s, flat=flat: s(flat)) for row, s in sessions.items()}
-            found[shape] = {row: t.as_dict() for row, t in alternate(calls, "original", 31, budget_s=60).items()}
+            found[shape] = {row: t.as_dict() for row, t in alternate(calls, "original", 21, budget_s=20).items()}
         return found
 
 
@@ -128,7 +130,7 @@ def compiled(model: str) -> dict[str, Any]:
         with torch.no_grad():
             calls[row]()
     with torch.no_grad():
-        return {shape: {row: t.as_dict() for row, t in alternate(calls, "original", 21, budget_s=60).items()}}
+        return {shape: {row: t.as_dict() for row, t in alternate(calls, "original", 15, budget_s=20).items()}}
 
 
 def memory(model: str) -> dict[str, Any]:
@@ -216,6 +218,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=[])
     parser.add_argument("--table", choices=TABLES, action="append")
     parser.add_argument("--only", help="methods that start like this")
+    parser.add_argument("--keep", type=float, help="this share alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     tables = {"latency": latency, "compiled": compiled, "memory": memory}
@@ -225,7 +228,7 @@ def main() -> None:
                 RESULTS.store(model, table, None, tables[table](model))
                 continue
             for method in methods(0.5):
-                for keep in KEEPS:
+                for keep in KEEPS if args.keep is None else (args.keep,):
                     row = f"{method} {keep}"
                     if not RESULTS.has(model, table, row) and method.startswith(args.only or ""):
                         print(model, row, flush=True)

@@ -83,21 +83,26 @@ class FFNBlock:
         return _name(self.activation)
 
     @property
-    def residual_pair(self) -> tuple[fx.Node, fx.Node] | None:
-        """(what `residual` adds the result to, their sum), or None."""
-        value = self.down
+    def residual_terms(self) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+        """(what `residual` adds to, what it adds, their sum), or None."""
+        branch = self.down
         for _ in range(_FAR):
-            if self.residual in value.users:
+            if self.residual in branch.users:
                 first, second = self.residual.args[:2]
+                start: Any = first if second is branch else second
                 total: Any = self.residual
-                if self.residual.target in FUSED_NORMS:  # the normed sum comes first
-                    total = next((u for u in self.residual.users if u.args[1] == 1), None)
-                start: Any = first if second is value else second
-                return None if total is None else (start, total)
-            value = next((u for u in value.users if not is_size(u)), None)
-            if value is None:
+                if total.target in FUSED_NORMS:  # the normed sum comes first
+                    total = next((u for u in total.users if u.args[1] == 1), None)
+                return None if total is None else (start, branch, total)
+            branch = next((u for u in branch.users if not is_size(u)), None)
+            if branch is None:
                 return None
         return None
+
+    @property
+    def residual_pair(self) -> tuple[fx.Node, fx.Node] | None:
+        """(what `residual` adds to, the sum), or None: the block as a whole."""
+        return None if (terms := self.residual_terms) is None else (terms[0], terms[2])
 
     def __str__(self) -> str:
         parts = [f"{self.width} -> {self.hidden}, {self.act}"]

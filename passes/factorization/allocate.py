@@ -93,7 +93,8 @@ class Allocate(GraphPass):
         if not layers:
             return graph
         fit, held = _split(context.calibration, self.held_out)
-        influences = [Request(b.name, frozenset({"influence"}), block_input=a.name) for layer in layers if self.weigh == "influence" for a, b in layer.pairs]
+        streams = [layer.stream for layer in layers if layer.stream is not None and self.weigh == "influence"]
+        influences = [Request(b.name, frozenset({"influence"}), block_input=a.name) for a, _, b in streams]
         statistics = fit.gather(graph, [*_union(graph, self.steps, layers), *influences])
         self._measure(graph, layers, context, statistics, fit, held)
         chosen = self._choose(layers)
@@ -104,7 +105,7 @@ class Allocate(GraphPass):
     def _layers(self, graph: Graph, context: Context) -> list[_Layer]:
         """What can be cut out of the program, in its order; the rest is declined."""
         found = []
-        for name, start, outputs, pair in _places(graph, self.scope):
+        for name, start, outputs, stream in _places(graph, self.scope):
             if why := next((w for n in outputs if (w := context.ignored(n))), None):
                 if why != NOT_ASKED:
                     context.decline(outputs[-1], why)
@@ -113,7 +114,7 @@ class Allocate(GraphPass):
             if isinstance(part, str):
                 context.decline(outputs[-1], f"it can't be measured alone: {part}")
             else:
-                found.append(_Layer(name, start, outputs, pair, part, _price(part, self.budget, context), _seconds(part, context)))
+                found.append(_Layer(name, start, outputs, stream, part, _price(part, self.budget, context), _seconds(part, context)))
         return found
 
     def _measure(self, graph: Graph, layers: list[_Layer], context: Context, statistics: Statistics, fit: Calibration, held: Calibration) -> None:
@@ -220,18 +221,13 @@ class _Layer:
     name: str
     start: fx.Node
     outputs: list[fx.Node]
-    pair: tuple[fx.Node, fx.Node] | None
-    """The residual stream before and after its block."""
+    stream: tuple[fx.Node, fx.Node, fx.Node] | None
+    """What the layer's result is added to, the result, their sum."""
     part: Graph
     price: float
     seconds: float | None
     options: list[_Option] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
-
-    @property
-    def pairs(self) -> list[tuple[fx.Node, fx.Node]]:
-        """None or one."""
-        return [] if self.pair is None else [self.pair]
 
     @property
     def names(self) -> frozenset[str]:
@@ -244,14 +240,14 @@ class _Layer:
         return [y.flatten(0, -2) for y in part.run((x.reshape(*[1] * lead, *x.shape),))]
 
 
-Place = tuple[str, fx.Node, list[fx.Node], tuple[fx.Node, fx.Node] | None]
-"""(name, the value a layer starts from, the values it ends in, the residual stream before and after its block)."""
+Place = tuple[str, fx.Node, list[fx.Node], tuple[fx.Node, fx.Node, fx.Node] | None]
+"""(name, the value a layer starts from, the values it ends in, `stream` as _Layer has it)."""
 
 
 def _places(graph: Graph, scope: str) -> Iterator[Place]:
     """All layers of a scope, in graph order."""
     blocks = [b for b in ffn_blocks(graph) if b.gate is None or reads(b.gate) is reads(b.up)]
-    found: list[Place] = [(b.layer or path_of(b.down), reads(b.up), [b.down], b.residual_pair) for b in blocks]
+    found: list[Place] = [(b.layer or path_of(b.down), reads(b.up), [b.down], b.residual_terms) for b in blocks]
     if scope == "all":
         sharing: dict[fx.Node, list[fx.Node]] = {}
         for linear in linears_in(graph, "attention"):
@@ -262,7 +258,7 @@ def _places(graph: Graph, scope: str) -> Iterator[Place]:
 
 def _influences(layers: Sequence[_Layer], statistics: Statistics) -> list[float]:
     """1 to 2 from the layer whose block changes the residual stream least to that which changes it most; 1 where it has no stream."""
-    found = {layer.name: statistics[layer.pair[1]].influence for layer in layers if layer.pair is not None}
+    found = {layer.name: statistics[layer.stream[2]].influence for layer in layers if layer.stream is not None}
     low, high = min(found.values(), default=0.0), max(found.values(), default=0.0)
     return [1 + (found.get(layer.name, low) - low) / ((high - low) or 1.0) for layer in layers]
 

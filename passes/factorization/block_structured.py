@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from ...ir.blocks.channel_constants import why_not_edited
 from ...ir.blocks.vocabulary import path_of
 from ...ir.errors import RecipeError
 from ...ir.graph import Graph
@@ -20,7 +19,7 @@ from ..statistics import Moments, Order, Request
 from .block_projection import Blocks, merged, projected, refitted_first, refitted_second
 from .block_seconds import block_seconds, dense_seconds, threshold
 from .predicted import rows_of
-from .scope import Scope, linears_in
+from .scope import Scope, linears_in, why_not_stored
 
 ours = torch.ops.rewright
 
@@ -51,7 +50,7 @@ class BlockStructured(GraphPass):
     """Middle values of every layer, rounded down to a multiple of `blocks`, instead of by `ratio`."""
     project: Literal["frobenius", "whitened"] = "whitened"
     """Nearest in weights, which needs no data, or in what each block of inputs makes."""
-    refits: int = 1
+    refits: int = 3
     """Of the second factor given the first; between two of them the first is refitted given the second."""
     scope: Scope = "ffn"
     premerge: Literal["never", "auto", "always"] = "auto"
@@ -103,7 +102,7 @@ class BlockStructured(GraphPass):
             if why == NOT_ASKED:
                 continue
             blocks = self._blocks(node)
-            why = why or _why_not_stored(node) or (blocks if isinstance(blocks, str) else None)
+            why = why or why_not_stored(node) or (blocks if isinstance(blocks, str) else None)
             if not why and self.premerge == "auto" and context.target is not None and (why := _why_not_faster(graph, node, blocks, context.target)):  # type: ignore[arg-type]
                 slower.append(f"{path_of(node)} ({why})")
             if why:
@@ -205,13 +204,6 @@ class _Factors:
         """A refitted layer has one; without, one of zeros says how many of padded outputs count."""
         padded = self.options.premerge != "always" and self.blocks.s * self.blocks.outs > self.blocks.outputs
         return b is not None or self.moments is not None or padded
-
-
-def _why_not_stored(node: fx.Node) -> str | None:
-    b = argument(node, "bias")
-    if b is not None and b.op != "get_attr":
-        return f"the bias of {path_of(node)} is computed, not stored"
-    return why_not_edited(node.args[1], node)
 
 
 def _why_not_faster(graph: Graph, node: fx.Node, blocks: Blocks, target: object) -> str | None:

@@ -37,12 +37,13 @@ Choice = int | Tensor | str
 @dataclass(frozen=True)
 class Part:
     """The hidden channels h of a block, or of one expert of it: what is to give w h + b.   w: float64 [m, hidden], b: float64 [m].
-    moments: of h; None: nothing is known.   tokens: an expert's; None: enough."""
+    moments: of h; None: nothing is known.   tokens: an expert's; None: enough.   shrink: of the second moments' off-diagonal."""
 
     w: Tensor
     b: Tensor
     moments: Moments | None = None
     tokens: int | None = None
+    shrink: float = 0.0
 
     @property
     def scarce(self) -> bool:
@@ -52,7 +53,8 @@ class Part:
     def second(self, affine: bool) -> Tensor:
         """[hidden, hidden]: what the error of the output is measured by, centred where a bias takes up the mean."""
         assert self.moments is not None
-        return self.moments.covariance() if affine else self.moments.gram
+        found = self.moments.covariance() if affine else self.moments.gram
+        return Moments(found, self.moments.mean).shrunk(self.shrink).gram
 
 
 class Narrowing:
@@ -89,17 +91,26 @@ class Narrowing:
         return ["the budget leaves it as it is" if k is None else k for k in kept]
 
     def _layer(self, site: HiddenChannels, method: str) -> Layer:
-        errors = torch.linspace(1, 0, site.block.hidden + 1, dtype=torch.float64)
+        errors, influence = torch.linspace(1, 0, site.block.hidden + 1, dtype=torch.float64), None
         if method.startswith("waterfill"):
             parts = self._parts(site, dense=True)
             found = self._rank(site, parts, 0, curves=True)
             errors = self._joint(parts, found) + SLACK * errors.square()
             if self.options.calibration == "oneshot" and self.context.moments is None:
                 self._selections[site] = found
-        influence = None
-        if method.endswith("influence") and (pair := site.block.residual_pair) is not None and self.context.statistics is not None:
-            influence = self.context.statistics[pair[1]].influence
+        if (terms := site.block.residual_terms) is not None and self.context.statistics is not None:
+            _, branch, total = terms
+            if method == "waterfill":
+                errors = errors * min(1.0, self._variance(branch) / self._variance(total))
+            elif method.endswith("influence"):
+                influence = self.context.statistics[total].influence
         return Layer(errors, site.unit, site.unit * site.block.hidden, influence=influence)
+
+    def _variance(self, value: fx.Node) -> float:
+        """Of all channels of a value together."""
+        assert self.context.statistics is not None
+        seen = self.context.statistics[value]
+        return max(float((seen.mean_square - seen.mean.square()).sum()), torch.finfo(torch.float64).tiny)
 
     def _joint(self, parts: Sequence[Part], selections: Sequence[Selection]) -> Tensor:
         """The errors of a block; experts count by what they give over all tokens."""
@@ -120,8 +131,8 @@ class Narrowing:
                 return [Part(m.T, nothing) for m in w]
             found = self._experts(down)
             zero = w.new_zeros(w.shape[1])
-            moments = [Moments(gram, zero).shrunk(options.shrink) if int(n) else None for gram, n in zip(found.gram, found.tokens)]
-            return [Part(m.T, nothing, seen, int(n)) for m, seen, n in zip(w, moments, found.tokens)]
+            moments = [Moments(gram, zero) if int(n) else None for gram, n in zip(found.gram, found.tokens)]
+            return [Part(m.T, nothing, seen, int(n), options.shrink) for m, seen, n in zip(w, moments, found.tokens)]
         bias = argument(down, "bias")
         b = w.new_zeros(len(w)) if bias is None else self._data(bias).double()
         if not options.needs_data:
@@ -132,10 +143,9 @@ class Narrowing:
             moments = Moments(known.gram, known.mean)
         else:
             moments = self._source(site.value, site.start)
-        moments = moments.shrunk(options.shrink)
         if options.refit != "none":
             w, b = moments.target(w, b, affine, options.ridge)
-        return [Part(w, b, moments)]
+        return [Part(w, b, moments, shrink=options.shrink)]
 
     def _rank(self, site: HiddenChannels, parts: Sequence[Part], least: int, curves: bool = False) -> list[Selection]:
         """The order in which each part's channels go; `least` of them need none. curves: whether errors are asked for."""

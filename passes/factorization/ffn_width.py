@@ -33,7 +33,8 @@ class FFNWidth(GraphPass):
     "energy" C_jj |Wd_j|^2, "leverage" MoDeGPT's score, "random" by the seed, "prefix" the first channels (MatFormer's slices),
     "mask" what a safetensors file says. From 16384 hidden channels on obs is energy, and the notes say so.
     refit: "affine", "linear" (no bias) or "none". With "none", the last three selections need no data.
-    allocation: see allocation.Method; without data, and for one layer, all layers keep the same share.
+    allocation: see allocation.Method; without data, and for one layer, all layers keep the same share. waterfill counts errors relative to
+    the residual stream they go into, where there is one: by their own output's alone, layers that all others build on give too much.
     Experts are refitted without a bias; one that saw fewer than 5 tokens a channel keeps its columns as they are, chosen by energy,
     or by weight norms where it saw none.
     Declines norms over the hidden channels, other readers of them, shared, computed or quantized weights, 1x1 convolutions.
@@ -44,7 +45,7 @@ class FFNWidth(GraphPass):
     """The share of the blocks' weights that is removed; a mask says itself what goes."""
     selection: Choosing = "obs"
     refit: Refit = "affine"
-    allocation: Method = "waterfill"
+    allocation: Method = "uniform"
     calibration: Order = "oneshot"
     round_to: int = 64
     """Widths are multiples of it, or of an eighth of the narrowest block where that is less."""
@@ -87,8 +88,10 @@ class FFNWidth(GraphPass):
 
     @property
     def requires(self) -> frozenset[str]:  # type: ignore[override]
-        influence = {"influence"} if self.allocation.endswith("influence") and self.selection != "mask" else set()
-        return frozenset({"gram"} | influence) if self.needs_data else frozenset()
+        if not self.needs_data:
+            return frozenset()
+        told = {"waterfill": "mean_square", "waterfill-influence": "influence", "block-influence": "influence"}.get(self.allocation)
+        return frozenset({"gram"}) if told is None or self.selection == "mask" else frozenset({"gram", told})
 
     def requests(self, graph: Graph) -> list[Request]:
         found = []
@@ -98,8 +101,13 @@ class FFNWidth(GraphPass):
                 continue
             if block.experts is None:  # experts' moments come from the tokens each of them sees
                 found.append(Request(channels.value.name, frozenset({"gram"})))
-            if "influence" in self.requires and (pair := block.residual_pair) is not None:
-                found.append(Request(pair[1].name, frozenset({"influence"}), block_input=pair[0].name))
+            if (terms := block.residual_terms) is None:
+                continue
+            start, branch, total = (n.name for n in terms)
+            if "influence" in self.requires:
+                found.append(Request(total, frozenset({"influence"}), block_input=start))
+            if "mean_square" in self.requires:
+                found += [Request(value, frozenset({"mean", "mean_square"})) for value in (branch, total)]
         return found
 
     def run(self, graph: Graph, context: Context) -> Graph:

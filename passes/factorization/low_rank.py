@@ -10,7 +10,6 @@ import torch
 from torch import fx
 
 from ...ir.blocks import ffn_blocks
-from ...ir.blocks.channel_constants import why_not_edited
 from ...ir.blocks.vocabulary import path_of
 from ...ir.errors import RecipeError
 from ...ir.graph import Graph
@@ -22,7 +21,7 @@ from .allocation import Method, allocate
 from .low_rank_factors import Data, Factors, joint_is_better
 from .low_rank_scores import Score, Scores, Side
 from .predicted import product_seconds, rows_of
-from .scope import Scope, linears_in
+from .scope import Scope, linears_in, why_not_stored
 from .shared_input import insert_joint, insert_packed, shared_name
 
 aten = torch.ops.aten
@@ -66,7 +65,7 @@ class LowRank(GraphPass):
     shared: Shared = "packed"
     refit: bool = False
     """Fit the second factor to the first on calibration data: for scores that look at less."""
-    allocation: Method = "waterfill"
+    allocation: Method = "uniform"
     """By errors relative to each layer's output; with scores that know the loss (fisher, two-sided), by its estimated change."""
     calibration: Order = "oneshot"
     round_to: int = 16
@@ -121,7 +120,7 @@ class LowRank(GraphPass):
     def requests(self, graph: Graph) -> list[Request]:
         found = []
         for node in linears_in(graph, self.scope) if self.requires else ():
-            if _why_not_stored(node):
+            if why_not_stored(node):
                 continue
             if of_input := self.requires & {"gram", "mean_abs"}:
                 found.append(Request(node.args[0].name, of_input))  # type: ignore[union-attr]
@@ -130,8 +129,8 @@ class LowRank(GraphPass):
             if self.score == "two-sided":
                 found.append(Request(node.name, frozenset({"gradient_gram"})))
         if self._by_influence:
-            pairs = [pair for block in ffn_blocks(graph) if (pair := block.residual_pair) is not None]
-            found += [Request(total.name, frozenset({"influence"}), block_input=start.name) for start, total in pairs]
+            terms = [t for block in ffn_blocks(graph) if (t := block.residual_terms) is not None]
+            found += [Request(total.name, frozenset({"influence"}), block_input=start.name) for start, _, total in terms]
         return found
 
     # -- the rewrite ------------------------------------------------------------------------------------------------
@@ -163,7 +162,7 @@ class LowRank(GraphPass):
             why = context.ignored(node)
             if why == NOT_ASKED:
                 continue
-            if why := why or _why_not_stored(node):
+            if why := why or why_not_stored(node):
                 context.decline(node, why)
             else:
                 found[node] = _shape(node)
@@ -235,12 +234,6 @@ class LowRank(GraphPass):
         left = sum(kept[node][1] if node in kept else m * n for node, (m, n) in linears.items())
         each = ", ".join(f"{path_of(node)} " + (f"{kept[node][0]} of {min(shape)}" if node in kept else "dense") for node, shape in linears.items())
         return f"{self.name}: {1 - left / dense:.1%} less weights in {len(linears)} linears, {len(kept)} of them factorised; ranks: {each}"
-
-
-def _why_not_stored(node: fx.Node) -> str | None:
-    if (b := argument(node, "bias")) is not None and b.op != "get_attr":
-        return f"the bias of {path_of(node)} is computed, not stored"
-    return why_not_edited(node.args[1], node)
 
 
 def _why_not_smaller(m: int, n: int, rank: int | None) -> str | None:

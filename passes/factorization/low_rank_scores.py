@@ -92,9 +92,9 @@ class Scores:
 
     def _influences(self) -> dict[fx.Node, float]:
         found = {}
-        for up, gate, down, pair in ((b.up, b.gate, b.down, b.residual_pair) for b in ffn_blocks(self.graph)):
-            if pair is not None:
-                found |= dict.fromkeys(_nodes(up, gate, down), self._statistics(pair[1]).influence)
+        for up, gate, down, terms in ((b.up, b.gate, b.down, b.residual_terms) for b in ffn_blocks(self.graph)):
+            if terms is not None:
+                found |= dict.fromkeys(_nodes(up, gate, down), self._statistics(terms[2]).influence)
         return found
 
     def _statistics(self, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which linears a factorization is asked for."""
+"""Which linears a factorization is asked for, and which of them it can have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 from torch import fx
 
 from ...ir.blocks import attention_blocks, ffn_blocks
+from ...ir.blocks.channel_constants import why_not_edited
+from ...ir.blocks.vocabulary import path_of
 from ...ir.graph import Graph
+from ...ir.nodes import argument
 
 aten = torch.ops.aten
 
@@ -26,3 +29,11 @@ def linears_in(graph: Graph, scope: Scope) -> list[fx.Node]:
     else:
         inside = {n for a in attention_blocks(graph) for n in (a.q, a.k, a.v, a.out, *a.other_outs)}
     return [n for n in linears if n in inside]
+
+
+def why_not_stored(linear: fx.Node) -> str | None:
+    """Why the weight and bias of a linear can't be replaced: they are computed, or shared with another layer."""
+    bias = argument(linear, "bias")
+    if bias is not None and bias.op != "get_attr":
+        return f"the bias of {path_of(linear)} is computed, not stored"
+    return why_not_edited(linear.args[1], linear)

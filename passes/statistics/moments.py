@@ -63,7 +63,8 @@ class Moments:
         if affine:
             gram = self.covariance()
             cross = cross - torch.outer(self.mean_original, self.mean)
-        damped = gram + ridge * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny) * torch.eye(len(gram), dtype=gram.dtype)
+        tiny = torch.finfo(gram.dtype).tiny  # a value that is always the same has a covariance of zeros
+        damped = gram + (ridge * gram.diagonal().mean()).clamp(min=tiny) * torch.eye(len(gram), dtype=gram.dtype)
         new = w + torch.linalg.solve(damped, (w @ (cross - gram)).T).T
         return new, b + w @ self.mean_original - new @ self.mean if affine else b
 

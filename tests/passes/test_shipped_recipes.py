@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from pathlib import Path
 
@@ -46,6 +47,22 @@ def test_a_shipped_recipe_applies_all_its_passes_stays_close_and_exports(recipe:
     result.export(tmp_path / "model.onnx")
     ran, original = Session(tmp_path / "model.onnx")(model.inputs[-1])[0], model.graph.run(model.inputs[-1])[0]
     assert torch.nn.functional.cosine_similarity(ran, original, dim=-1).mean() > LEAST_COSINE[recipe]
+
+
+def test_ffn_30_removes_what_it_says_from_the_feed_forward_layers_and_exports(tmp_path: Path) -> None:
+    """With fewer ratios to try than the recipe has, which is for minutes."""
+    model, recipe = loaded("digits-vit"), Recipe.load("ffn-30")
+    first, *rest = recipe.passes
+    result = optimize(model, recipe=dataclasses.replace(recipe, passes=(dataclasses.replace(first, ratios=(0.2, 0.4), weigh="error"), *rest)))  # type: ignore[type-var]
+    assert not result.outcome.undone
+    applied = {r.name: r.applied for r in result.records if not r.canonical}
+    assert applied.pop("allocate") >= 4 and applied == {"fuse-add-layer-norm": 12, "fuse-add-rms-norm": 0, "pack-heads": 6}
+    ffn = 6 * 2 * 192 * 768 * 4
+    saved = model.graph.weight_bytes() - result.graph.weight_bytes()
+    assert 0.3 * ffn <= saved < 0.34 * ffn
+    assert result.verification["cosine"] > 0.999
+    exported = result.export(tmp_path / "model.onnx", profile="pure")
+    assert exported.bytes < 0.85 * 4 * 2_687_434  # standard ops only
 
 
 def test_data_free_int4_needs_no_data() -> None:

@@ -132,7 +132,7 @@ def test_drift_sees_what_the_program_does_with_a_layer(graph: Graph) -> None:
     blind = Pipeline([], verify=False).run(capture(made, (X[0],))).graph
     by_drift = run(blind, ratio=0.2, weigh="drift", choices=("ffn-width:round_to=1",), floor=0.3)
     by_error = run(blind, ratio=0.2, weigh="error", choices=("ffn-width:round_to=1",), floor=0.3)
-    assert by_drift.records[-1].layers == ["layers.2"]
+    assert "layers.2" in by_drift.records[-1].layers
     assert by_drift.records[-1].measured["relative_error"] < 0.1 * by_error.records[-1].measured["relative_error"]
 
 

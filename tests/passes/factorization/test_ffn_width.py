@@ -158,11 +158,7 @@ def test_the_new_output_weights_are_the_closed_form_on_the_calibration_data() ->
     assert kept.tolist() == sorted(kept.tolist())  # in their old order
     hidden = torch.cat([_value(outcome.original, before.down.args[0], f).flatten(0, -2).double() for f in batches()])
     mean, c = hidden.mean(0), torch.cov(hidden.T, correction=0)
-    c = torch.where(
-        torch.eye(HIDDEN, dtype=torch.bool),
-        hidden.square().mean(0).diag() - mean.square().diag(),
-        0.8 * (c + torch.outer(mean, mean)) - torch.outer(mean, mean),
-    )
+    c = torch.where(torch.eye(HIDDEN, dtype=torch.bool), c, 0.8 * c)
     w, b = outcome.original.weight("layers.0.down.weight").double(), outcome.original.weight("layers.0.down.bias").double()
     new = refitted(w, c, kept, 1e-4)
     torch.testing.assert_close(outcome.graph.weight(block.down.args[1]).double(), new, rtol=1e-3, atol=1e-4)  # type: ignore[arg-type]
@@ -236,6 +232,29 @@ def test_constants_between_the_projections_lose_their_channels_too(tmp_path: Pat
     torch.testing.assert_close(outcome.graph.run((x,))[0], silenced(canonical(graph), masks).run((x,))[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_a_batch_norm_between_the_projections_loses_its_channels_too(last: bool, tmp_path: Path) -> None:
+    class Normed(FFN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(HIDDEN)
+            for t in self.norm.state_dict().values():
+                if t.is_floating_point():
+                    t.copy_(torch.rand_like(t) + 0.5)
+
+        def hidden(self, x: Tensor) -> Tensor:
+            up = self.up(x).transpose(1, 2)
+            return (self.norm(F.relu(up)) if last else F.relu(self.norm(up))).transpose(1, 2)
+
+    torch.manual_seed(0)
+    graph = make(Normed())
+    masks = random_masks(canonical(graph), 0.5)
+    outcome = narrow(graph, selection="mask", mask=mask_file(masks, tmp_path), refit="none")
+    assert widths(outcome.graph) == [HIDDEN // 2]
+    x = torch.randn(3, 16, WIDTH)
+    torch.testing.assert_close(outcome.graph.run((x,))[0], silenced(canonical(graph), masks).run((x,))[0], rtol=1e-5, atol=1e-5)
+
+
 def test_constants_of_a_fused_projection_lose_their_channels_in_both_halves(tmp_path: Path) -> None:
     class Shifted(FFN):
         def __init__(self) -> None:
@@ -273,7 +292,7 @@ def test_as_much_is_removed_as_was_asked_for(ratio: float, allocation: Any) -> N
 
 def test_channels_that_cost_nothing_stay_as_far_as_the_budget_has_room() -> None:
     few = [tuple(t[:1, :6] for t in flat) for flat in batches(1)]  # six tokens: six channels give all there is
-    outcome = narrow(captured(layers=3), few, ratio=0.25)
+    outcome = narrow(captured(layers=3), few, ratio=0.25, allocation="waterfill")
     assert 0.25 <= 1 - weights_of_blocks(outcome.graph) / weights_of_blocks(outcome.original) < 0.27
 
 
@@ -282,7 +301,7 @@ def test_widths_follow_what_the_layers_can_spare() -> None:
     spare = FFN()
     with torch.no_grad():
         spare.up.weight[HIDDEN // 2 :], spare.up.bias[HIDDEN // 2 :] = spare.up.weight[: HIDDEN // 2], spare.up.bias[: HIDDEN // 2]
-    outcome = narrow(make(spare, FFN()), ratio=0.25, ridge=1e-7)
+    outcome = narrow(make(spare, FFN()), ratio=0.25, ridge=1e-7, allocation="waterfill")
     assert widths(outcome.graph) == [HIDDEN // 2, HIDDEN]
     assert off(outcome) < 1e-6
     assert outcome.records[-1].declined[0].why == "the budget leaves it as it is"
@@ -294,12 +313,12 @@ def test_no_layer_goes_below_the_floor() -> None:
     with torch.no_grad():
         spare.up.weight[4:], spare.up.bias[4:] = spare.up.weight[0], spare.up.bias[0]
     for floor in (0.5, 0.8):
-        assert widths(narrow(make(spare, FFN()), ratio=0.4, floor=floor).graph)[0] == math.ceil(floor * 0.6 * HIDDEN)
+        assert widths(narrow(make(spare, FFN()), ratio=0.4, floor=floor, allocation="waterfill").graph)[0] == math.ceil(floor * 0.6 * HIDDEN)
 
 
 def test_widths_are_round_but_never_coarser_than_an_eighth_of_the_narrowest() -> None:
     for asked, step in ((4, 4), (64, 6)):
-        assert all(w % step == 0 for w in widths(narrow(captured(layers=3), ratio=0.4, round_to=asked).graph))
+        assert all(w % step == 0 for w in widths(narrow(captured(layers=3), ratio=0.4, round_to=asked, allocation="waterfill").graph))
 
 
 # -- moments of the program as it becomes --------------------------------------------------------------------------------
@@ -309,11 +328,21 @@ def test_widths_are_round_but_never_coarser_than_an_eighth_of_the_narrowest() ->
 def test_later_layers_see_what_earlier_ones_have_become(order: Any) -> None:
     graph = captured(layers=4)
     oneshot, other = (narrow(graph, ratio=0.5, selection="prefix", allocation="uniform", calibration=c) for c in ("oneshot", order))
-    first, *rest = [torch.equal(a, b) for a, b in zip(*(_downs(o.graph) for o in (oneshot, other)))]
+    first, *rest = [torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*(_downs(o.graph) for o in (oneshot, other)))]
     assert first
     assert not any(rest)
-    if order == "asymmetric":
-        assert off(other) < 0.9 * off(oneshot)
+
+
+def test_an_asymmetric_layer_gives_what_it_gave_on_the_inputs_it_now_gets(tmp_path: Path) -> None:
+    graph = canonical(captured("gated", layers=2))
+    save_file({"layers.0": torch.arange(8), "layers.1": torch.arange(HIDDEN - 1)}, tmp_path / "m.safetensors")  # what the first loses weighs most
+    last = ffn_blocks(graph)[-1].down
+    errors = {}
+    for order in ("oneshot", "sequential", "asymmetric"):
+        outcome = narrow(graph, selection="mask", mask=str(tmp_path / "m.safetensors"), calibration=order)
+        pairs = [(_value(graph, last, f), _value(outcome.graph, ffn_blocks(outcome.graph)[-1].down, f)) for f in batches()]
+        errors[order] = float(sum((a - b).double().square().sum() for a, b in pairs))
+    assert errors["asymmetric"] < 0.9 * min(errors["oneshot"], errors["sequential"]), errors
 
 
 def _downs(graph: Graph) -> list[Tensor]:
@@ -441,14 +470,16 @@ def test_experts_side_by_side_in_one_batched_product_are_narrowed_too() -> None:
     assert off(affected, [(x,)]) < off(without, [(x,)])
 
 
-def test_biases_of_experts_picked_for_each_token_lose_their_channels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_biases_of_experts_picked_for_each_token_lose_their_channels(fused: bool, tmp_path: Path) -> None:
     class Biased(Experts):
         def __init__(self) -> None:
-            super().__init__(fused=False)
-            self.bias = nn.Parameter(torch.randn(3, HIDDEN))
+            super().__init__(fused=fused)
+            self.bias = nn.Parameter(torch.randn(3, self.up.shape[2]))
 
         def forward(self, x: Tensor, ends: Tensor, expert: Tensor) -> Tensor:  # type: ignore[override]
-            hidden = F.gelu(torch.ops.rewright.grouped_linear(x, self.up, ends) + self.bias[expert])
+            both = torch.ops.rewright.grouped_linear(x, self.up, ends) + self.bias[expert]
+            hidden = F.silu(both[:, ::2]) * both[:, 1::2].clamp(-1, 1) if fused else F.gelu(both)  # by turns: GPT-OSS
             return x + torch.ops.rewright.grouped_linear(hidden, self.down, ends)
 
     torch.manual_seed(0)
