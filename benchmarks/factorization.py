@@ -53,8 +53,7 @@ def methods(keep: float) -> dict[str, dict[str, Any]]:
 
 
 TIMED = ("width obs", "low-rank whitened", "block-dense", "block-shuffle")
-TIMED_AT = (0.7, 0.5)
-RECIPE = "ffn-30"
+TIMED_AT = (0.5,)
 
 
 def build(model: str, passes: Any) -> Any:
@@ -88,7 +87,7 @@ def programs(model: str) -> dict[str, Any]:
         for name, step in methods(keep).items():
             if name in TIMED:
                 rows[f"{name} {keep}"] = build(model, [step, *FUSED[model]])
-    return rows | {f"recipe {RECIPE}": build(model, RECIPE)}
+    return rows
 
 
 def latency(model: str) -> dict[str, Any]:
@@ -108,7 +107,7 @@ def latency(model: str) -> dict[str, Any]:
         for shape in SHAPES[model]:
             flat = sized_inputs(graph, model, shape)
             calls = {row: (lambda s=s, flat=flat: s(flat)) for row, s in sessions.items()}
-            found[shape] = {row: t.as_dict() for row, t in alternate(calls, "original", 21, budget_s=20).items()}
+            found[shape] = {row: t.as_dict() for row, t in alternate(calls, "original", 21, budget_s=12).items()}
         return found
 
 
@@ -120,7 +119,7 @@ def compiled(model: str) -> dict[str, Any]:
     from rewright.tools.compare import sized_inputs
 
     shape = SHAPES[model][-1]
-    rows = {"original": build(model, [])} | {f"{name} 0.5": build(model, [methods(0.5)[name]]) for name in TIMED} | {f"recipe {RECIPE}": build(model, RECIPE)}
+    rows = {"original": build(model, [])} | {f"{name} 0.5": build(model, [methods(0.5)[name]]) for name in TIMED}
     flat = sized_inputs(rows["original"].graph, model, shape)
     calls = {}
     for row, result in rows.items():
@@ -130,7 +129,7 @@ def compiled(model: str) -> dict[str, Any]:
         with torch.no_grad():
             calls[row]()
     with torch.no_grad():
-        return {shape: {row: t.as_dict() for row, t in alternate(calls, "original", 15, budget_s=20).items()}}
+        return {shape: {row: t.as_dict() for row, t in alternate(calls, "original", 15, budget_s=12).items()}}
 
 
 def memory(model: str) -> dict[str, Any]:

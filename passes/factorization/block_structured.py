@@ -18,6 +18,7 @@ from ..rewrite import NOT_ASKED, Context, GraphPass
 from ..statistics import Moments, Order, Request
 from .block_projection import Blocks, merged, projected, refitted_first, refitted_second
 from .block_seconds import block_seconds, dense_seconds, threshold
+from .linear_algebra import shrunk
 from .predicted import rows_of
 from .scope import Scope, linears_in, why_not_stored
 
@@ -192,7 +193,7 @@ class _Factors:
         if self.moments is None:
             return *projected(cut, w), (zeros if b is None else b.double()) if self._has_bias(b) else None
         wanted, offset = self.moments.target(w, zeros if b is None else b, ridge=options.ridge)
-        covariance = Moments(self.moments.covariance(), self.moments.mean).shrunk(options.shrink).gram  # a shrunk Gram less the mean's square may be indefinite
+        covariance = shrunk(self.moments.covariance(), options.shrink)
         first, second = projected(cut, wanted, covariance if options.project == "whitened" else None)
         for i in range(options.refits):
             if i:

@@ -21,6 +21,7 @@ from .channel_mask import read_mask
 from .channel_selection import LARGEST, Selection, eliminate, energy, errors_without_refit, leverage, refitted
 from .expert_moments import ExpertSource
 from .hidden_channels import HiddenChannels, Take, set_argument, weight_name
+from .linear_algebra import shrunk
 
 if TYPE_CHECKING:
     from .ffn_width import FFNWidth
@@ -54,7 +55,7 @@ class Part:
         """[hidden, hidden]: what the error of the output is measured by, centred where a bias takes up the mean."""
         assert self.moments is not None
         found = self.moments.covariance() if affine else self.moments.gram
-        return Moments(found, self.moments.mean).shrunk(self.shrink).gram
+        return shrunk(found, self.shrink)
 
 
 class Narrowing:

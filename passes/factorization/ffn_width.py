@@ -31,7 +31,7 @@ class FFNWidth(GraphPass):
 
     selection: "obs" removes batch by batch what costs least after refit (optimal brain surgeon on channels; specs/structured_ffn.md 5.1);
     "energy" C_jj |Wd_j|^2, "leverage" MoDeGPT's score, "random" by the seed, "prefix" the first channels (MatFormer's slices),
-    "mask" what a safetensors file says. From 16384 hidden channels on obs is energy, and the notes say so.
+    "mask" what a safetensors file says. Beyond 16384 hidden channels obs is energy, and the notes say so.
     refit: "affine", "linear" (no bias) or "none". With "none", the last three selections need no data.
     allocation: see allocation.Method; without data, and for one layer, all layers keep the same share. waterfill counts errors relative to
     the residual stream they go into, where there is one: by their own output's alone, layers that all others build on give too much.
@@ -39,6 +39,8 @@ class FFNWidth(GraphPass):
     or by weight norms where it saw none.
     Declines norms over the hidden channels, other readers of them, shared, computed or quantized weights, 1x1 convolutions.
     On weights that are streamed, the new Wd is held in memory.
+    Lossy: on the shipped stdlib-lm (perplexity 10.25 on 64 held-out windows, calibrated on 16,384 tokens) 30 % less of the blocks is
+    10.83, 50 % less 11.82.
     """
 
     ratio: float = 0.3

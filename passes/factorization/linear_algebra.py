@@ -46,3 +46,12 @@ def damped(gram: Tensor, ridge: float) -> Tensor:
     gram = gram.double()
     mean = gram.diagonal().mean()
     return gram + ridge * torch.where(mean > 0, mean, 1.0) * torch.eye(len(gram), dtype=gram.dtype)  # one of zeros too
+
+
+def shrunk(gram: Tensor, share: float) -> Tensor:
+    """The off-diagonal times 1 - share, against overfitting few tokens. Of a covariance, not of a Gram whose mean is taken off later."""
+    if not share:
+        return gram
+    found = (1 - share) * gram
+    found.diagonal().copy_(gram.diagonal())
+    return found

@@ -38,14 +38,6 @@ class Moments:
     mean_original: Tensor | None = None
     """[n], E[x0]"""
 
-    def shrunk(self, share: float) -> Moments:
-        """The Gram's off-diagonal times 1 - share, against overfitting few tokens."""
-        if not share:
-            return self
-        gram = (1 - share) * self.gram
-        gram.diagonal().copy_(self.gram.diagonal())
-        return Moments(gram, self.mean, self.cross, self.mean_original)
-
     def covariance(self) -> Tensor:
         """[n, n], E[(x - mean)(x - mean)^T]"""
         return self.gram - torch.outer(self.mean, self.mean)

@@ -130,6 +130,13 @@ def test_obs_is_better_than_energy_and_energy_than_chance() -> None:
         assert obs[width] < by_energy[width] < chance[width]
 
 
+def test_energy_is_what_each_channel_gives_alone() -> None:
+    h, w = hidden(), weights()
+    w[:, 3] *= 10
+    alone = torch.stack([(h[:, j : j + 1] @ w[:, j : j + 1].T).square().sum(1).mean() for j in range(CHANNELS)])
+    torch.testing.assert_close(energy(w, gram(h)), alone, rtol=1e-9, atol=0)
+
+
 def test_leverage_is_the_diagonal_of_the_ridge_projection() -> None:
     c = covariance(hidden())
     damped = c + 1e-2 * c.diagonal().mean() * torch.eye(CHANNELS, dtype=c.dtype)

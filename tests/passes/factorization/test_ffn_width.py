@@ -291,20 +291,35 @@ def test_as_much_is_removed_as_was_asked_for(ratio: float, allocation: Any) -> N
 
 
 def test_channels_that_cost_nothing_stay_as_far_as_the_budget_has_room() -> None:
-    few = [tuple(t[:1, :6] for t in flat) for flat in batches(1)]  # six tokens: six channels give all there is
-    outcome = narrow(captured(layers=3), few, ratio=0.25, allocation="waterfill")
+    torch.manual_seed(0)
+    layers = [FFN() for _ in range(3)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.up.weight[12:], layer.up.bias[12:] = 0, 0  # three quarters are dead
+    outcome = narrow(make(*layers), ratio=0.25, allocation="waterfill")
     assert 0.25 <= 1 - weights_of_blocks(outcome.graph) / weights_of_blocks(outcome.original) < 0.27
 
 
-def test_widths_follow_what_the_layers_can_spare() -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_widths_follow_what_the_layers_can_spare(first: bool) -> None:
     torch.manual_seed(0)
-    spare = FFN()
+    spare, other = FFN(), FFN()
     with torch.no_grad():
         spare.up.weight[HIDDEN // 2 :], spare.up.bias[HIDDEN // 2 :] = spare.up.weight[: HIDDEN // 2], spare.up.bias[: HIDDEN // 2]
-    outcome = narrow(make(spare, FFN()), ratio=0.25, ridge=1e-7, allocation="waterfill")
-    assert widths(outcome.graph) == [HIDDEN // 2, HIDDEN]
+    outcome = narrow(make(*((spare, other) if first else (other, spare))), ratio=0.25, ridge=1e-7, allocation="waterfill")
+    assert widths(outcome.graph) == ([HIDDEN // 2, HIDDEN] if first else [HIDDEN, HIDDEN // 2])
     assert off(outcome) < 1e-6
     assert outcome.records[-1].declined[0].why == "the budget leaves it as it is"
+
+
+def test_layers_that_add_little_to_the_residual_stream_give_most() -> None:
+    torch.manual_seed(0)
+    layers = [FFN() for _ in range(2)]
+    with torch.no_grad():
+        layers[0].down.weight.mul_(1e-2)
+    by_stream, uniform = (widths(narrow(make(*layers), ratio=0.4, allocation=a).graph) for a in ("waterfill", "uniform"))
+    assert by_stream[0] < uniform[0] - 8
+    assert by_stream[1] > uniform[1] + 8
 
 
 def test_no_layer_goes_below_the_floor() -> None:
@@ -318,7 +333,9 @@ def test_no_layer_goes_below_the_floor() -> None:
 
 def test_widths_are_round_but_never_coarser_than_an_eighth_of_the_narrowest() -> None:
     for asked, step in ((4, 4), (64, 6)):
-        assert all(w % step == 0 for w in widths(narrow(captured(layers=3), ratio=0.4, round_to=asked, allocation="waterfill").graph))
+        found = widths(narrow(captured(layers=3), ratio=0.4, round_to=asked, allocation="waterfill").graph)
+        assert all(w % step == 0 for w in found)
+        assert sum(found) <= 0.6 * 3 * HIDDEN
 
 
 # -- moments of the program as it becomes --------------------------------------------------------------------------------
@@ -542,15 +559,17 @@ def test_declines_a_norm_over_the_hidden_channels() -> None:
 def test_declines_hidden_channels_that_something_else_reads() -> None:
     class Spy(Model):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-            h = self.layers[0].hidden(self.norms[0](x))
-            return self.head(x + self.layers[0].down(h)), h.sum(-1)
+            ffn: Any = self.layers[0]
+            h = ffn.hidden(self.norms[0](x))
+            return self.head(x + ffn.down(h)), h.sum(-1)
 
     assert why(Spy(FFN("gated"))) == ["its hidden channels are also read by sum_1 of the model itself"]
 
     class Leak(Spy):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-            h = self.layers[0].hidden(self.norms[0](x))
-            return self.head(x + self.layers[0].down(h)), h
+            ffn: Any = self.layers[0]
+            h = ffn.hidden(self.norms[0](x))
+            return self.head(x + ffn.down(h)), h
 
     assert why(Leak(FFN("gated"))) == ["its hidden channels are also an output of the model"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rewright.passes.factorization import linear_algebra
-from rewright.passes.factorization.linear_algebra import damped, descending_eigenvalues, descending_eigh, roots
+from rewright.passes.factorization.linear_algebra import damped, descending_eigenvalues, descending_eigh, roots, shrunk
 from rewright.passes.factorization.whitening import DAMPING, Inputs, Outputs, balanced, basis, errors, refitted, spectrum
 from rewright.passes.statistics import Moments
 
@@ -120,8 +120,10 @@ def test_a_damped_gram_costs_between_the_optimum_and_its_own_sum() -> None:
 def test_about_the_mean_and_shrunk_it_is_that_of_the_covariance_without_making_one(shape: tuple[int, int]) -> None:
     w, x = data(*shape)
     moments = Moments(gram(x), x.mean(1))
-    shrunk = Moments(moments.covariance(), moments.mean).shrunk(0.3).gram
-    for found, explicit in ((Inputs(moments.gram, moments.mean), moments.covariance()), (Inputs(moments.gram, moments.mean, 0.3), shrunk)):
+    for found, explicit in (
+        (Inputs(moments.gram, moments.mean), moments.covariance()),
+        (Inputs(moments.gram, moments.mean, 0.3), shrunk(moments.covariance(), 0.3)),
+    ):
         assert (found.times(w) - w @ explicit).norm() < 1e-12 * (w @ explicit).norm()
         assert (found.times_root(w) @ found.times_root(w).T - w @ explicit @ w.T).norm() < 1e-12 * (w @ explicit @ w.T).norm()
         assert torch.equal(found.times_root(w), found.rooted().times_root(w))
