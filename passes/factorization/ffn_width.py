@@ -47,7 +47,7 @@ class FFNWidth(GraphPass):
     """The share of the blocks' weights that is removed; a mask says itself what goes."""
     selection: Choosing = "obs"
     refit: Refit = "affine"
-    allocation: Method = "uniform"
+    allocation: Method = "waterfill"
     calibration: Order = "oneshot"
     round_to: int = 64
     """Widths are multiples of it, or of an eighth of the narrowest block where that is less."""

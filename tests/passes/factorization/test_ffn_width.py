@@ -196,7 +196,7 @@ def test_random_follows_the_seed_and_needs_no_data_without_a_refit() -> None:
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
     assert FFNWidth(selection="random", refit="none").requires == FFNWidth(selection="prefix", refit="none").requires == frozenset()
-    assert FFNWidth(selection="random").requires == FFNWidth(selection="energy", refit="none").requires == frozenset({"gram"})
+    assert "gram" in FFNWidth(selection="random").requires and "gram" in FFNWidth(selection="energy", refit="none").requires
 
 
 def test_prefix_keeps_the_first_channels() -> None:

@@ -52,7 +52,9 @@ def calibration() -> Calibration:
 
 def run(g: Graph | None = None, given: Calibration | None = None, inputs: bool = True, **options: Any) -> Outcome:
     extra = {k: options.pop(k) for k in ("target", "ignore") if k in options}
-    pipeline = Pipeline([LowRank(**{"round_to": 1, "require_faster": False, **options})], calibration=given or calibration(), **extra)
+    pipeline = Pipeline(
+        [LowRank(**{"allocation": "waterfill", "round_to": 1, "require_faster": False, **options})], calibration=given or calibration(), **extra
+    )
     return pipeline.run(g or graph(), batches()[4:] if inputs else [])
 
 
@@ -399,10 +401,10 @@ def test_a_graph_without_weights_is_filled_later_by_the_same_recipe(shared: Any)
 
 def test_without_weights_ranks_by_error_need_some_to_read() -> None:
     g, state = without_weights()
-    refused = Pipeline([LowRank(score="plain", affine=False)], verify=False).run(g).records[-1]
+    refused = Pipeline([LowRank(score="plain", affine=False, allocation="waterfill")], verify=False).run(g).records[-1]
     assert refused.undone is not None and "the graph has no weights, which ranks depend on" in refused.undone
     given = Calibration(batches()[:4], weights=state)
-    outcome = Pipeline([LowRank(require_faster=False, round_to=1)], verify=False, calibration=given).run(g)
+    outcome = Pipeline([LowRank(require_faster=False, round_to=1, allocation="waterfill")], verify=False, calibration=given).run(g)
     assert outcome.records[-1].undone is None
     outcome.graph.materialize(state)
     assert torch.allclose(outcome.graph.run(batches()[5])[0], run().graph.run(batches()[5])[0], atol=1e-5)
