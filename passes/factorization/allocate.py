@@ -56,7 +56,7 @@ class Allocate(GraphPass):
     solver: Literal["exact", "greedy"] = "exact"
     floor: float = 0.5
     """No layer keeps less than this share of what all keep together."""
-    ends: float | None = None
+    ends: float | None = 1.0
     """The first and the last layer lose at most this share of what all lose together; None: as any other layer."""
     prefer: float = 0.9
     calibration: Order = "asymmetric"

@@ -63,7 +63,13 @@ def graph() -> Graph:
 
 
 def run(graph: Graph, predict: Any = None, ignore: tuple[str, ...] = (), **options: Any) -> Outcome:
-    settings = {"choices": ("ffn-width:round_to=4", "low-rank:round_to=4,require_faster=false"), "calibration": "oneshot", "weigh": "error", **options}
+    settings = {
+        "choices": ("ffn-width:round_to=4", "low-rank:round_to=4,require_faster=false"),
+        "calibration": "oneshot",
+        "weigh": "error",
+        "ends": None,
+        **options,
+    }
     return Pipeline([Allocate(**settings)], calibration=Calibration([(x,) for x in X]), predict=predict, ignore=ignore).run(graph, [(X[0],)])
 
 
