@@ -48,7 +48,7 @@ def methods(keep: float) -> dict[str, dict[str, Any]]:
         "low-rank two-sided": {**rank, "score": "two-sided"},
         "block-dense": block,
         "block-shuffle": {**block, "kind": "block-shuffle"},
-        "allocate": {"name": "allocate", "ratio": ratio, "choices": ["ffn-width:round_to=16", "low-rank:round_to=8"]},
+        "allocate": {"name": "allocate", "ratio": ratio, "choices": ["ffn-width:round_to=16", "low-rank:round_to=8,allocation=waterfill"]},
     }
 
 

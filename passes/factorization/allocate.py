@@ -40,7 +40,7 @@ class Allocate(GraphPass):
     applies. Layers are measured alone: what errors do together is for the budget of the recipe to watch. Lossy: as its choices are.
     """
 
-    choices: tuple[str, ...] = ("ffn-width", "low-rank")
+    choices: tuple[str, ...] = ("ffn-width", "low-rank:allocation=waterfill")
     """"PASS" or "PASS:option=value,..." each; another one than the first is taken where its error is below `prefer` times that."""
     ratio: float = 0.3
     """What the layers together lose, of `budget`."""
