@@ -30,7 +30,7 @@ FUSED: dict[str, list[Any]] = {
 def methods(keep: float) -> dict[str, dict[str, Any]]:
     """Row name -> pass. What the cost model would refuse is built all the same: this table is about quality."""
     ratio = round(1 - keep, 6)
-    width = {"name": "ffn-width", "ratio": ratio, "round_to": 16}
+    width = {"name": "ffn-width", "ratio": ratio, "round_to": 16, "allocation": "uniform"}
     rank = {"name": "low-rank", "ratio": ratio, "round_to": 8, "require_faster": False}
     block = {"name": "block-structured", "ratio": ratio, "premerge": "never"}
     return {
