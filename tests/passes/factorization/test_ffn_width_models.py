@@ -76,6 +76,6 @@ def test_a_refit_comes_nearer_to_the_original(name: str, ratio: float) -> None:
 
 @pytest.mark.parametrize("name", ["stdlib-lm", "digits-vit"])
 def test_the_widths_are_those_asked_for_and_nothing_asked_is_nothing_done(name: str) -> None:
-    graph = model(name).run(ratio=0.5)
+    graph = model(name).run(ratio=0.5, allocation="uniform")
     assert [b.hidden for b in ffn_blocks(graph)] == [b.hidden // 2 for b in ffn_blocks(model(name).graph)]
     assert [str(n) for n in model(name).run(ratio=0.0).nodes] == [str(n) for n in model(name).graph.nodes]
