@@ -84,7 +84,7 @@ def test_the_rest_of_the_channels_computes_what_it_did(name: str, tmp_path: Path
 @pytest.mark.parametrize("name", ["llama", "phi3", "mixtral", "vit"])
 def test_the_result_exports_again_with_its_dynamic_sizes(name: str, tmp_path: Path) -> None:
     graph, flats = program(name)
-    outcome = Pipeline([FFNWidth(ratio=0.5)], calibration=Calibration(flats[:1])).run(graph, flats[:1])
+    outcome = Pipeline([FFNWidth(ratio=0.5, allocation="uniform")], calibration=Calibration(flats[:1])).run(graph, flats[:1])
     assert outcome.records[-1].applied == NAMES[name][1]
     again = re_export(outcome.graph, flats[0]).module(check_guards=False)
     for flat in flats[1:]:
@@ -96,7 +96,7 @@ def test_the_result_exports_again_with_its_dynamic_sizes(name: str, tmp_path: Pa
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "clip"])
 def test_the_file_for_onnxruntime_agrees_and_has_standard_ops_only(name: str, tmp_path: Path) -> None:
     graph, flats = program(name)
-    outcome = Pipeline([FFNWidth(ratio=0.5)], calibration=Calibration(flats[:1])).run(graph, flats[:1])
+    outcome = Pipeline([FFNWidth(ratio=0.5, allocation="uniform")], calibration=Calibration(flats[:1])).run(graph, flats[:1])
     done = export(outcome.graph, tmp_path / "m.onnx", flats[:1], "pure")
     assert done.parity is not None
     assert done.parity.relative_error < 1e-5
