@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from rows import Rows, judged, latency_lines, made
+from rows import Rows, judged, latencies, latency_lines, made
 
 MODELS = ("minilm", "digits-vit", "stdlib-lm")
 TABLES = ("quality", "latency", "compiled", "memory")
@@ -92,23 +91,7 @@ def programs(model: str) -> dict[str, Any]:
 
 def latency(model: str) -> dict[str, Any]:
     """In onnxruntime, all rows alternating at each shape."""
-    from rewright.backends.onnx.session import Session
-    from rewright.tools.bench import alternate
-    from rewright.tools.compare import sized_inputs
-    from rewright.tools.models import load_model
-
-    graph = load_model(f"zoo:{model}").graph
-    with TemporaryDirectory() as folder:
-        sessions = {}
-        for i, (row, result) in enumerate(programs(model).items()):
-            result.export(path := Path(folder) / f"{i}.onnx")
-            sessions[row] = Session(path)
-        found: dict[str, Any] = {}
-        for shape in SHAPES[model]:
-            flat = sized_inputs(graph, model, shape)
-            calls = {row: (lambda s=s, flat=flat: s(flat)) for row, s in sessions.items()}
-            found[shape] = {row: t.as_dict() for row, t in alternate(calls, "original", 21, budget_s=12).items()}
-        return found
+    return latencies(model, programs(model), SHAPES[model], "original", 21, 12)
 
 
 def compiled(model: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rows import Rows, judged, latency_lines, made
+from rows import Rows, judged, latencies, latency_lines, made
 
 MODELS = ("minilm", "digits-vit", "stdlib-lm")
 TABLES = ("w8a8", "w4a16", "low-bit", "planted", "latency")
@@ -157,26 +157,10 @@ def in_onnxruntime(model: str, passes: Any, path: Path) -> dict[str, Any]:
     return {"quality": quality, "bytes": exported.bytes, "nodes": exported.nodes}
 
 
-def latencies(model: str, rows: list[str], tables: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def latency(model: str, rows: list[str], tables: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Alternating runs of all rows' files at each shape; ratios to fp32."""
-    from rewright.backends.onnx.session import Session
-    from rewright.tools.bench import alternate
-    from rewright.tools.compare import sized_inputs
-    from rewright.tools.models import load_model
-
-    graph = load_model(f"zoo:{model}").graph
-    with TemporaryDirectory() as folder:
-        sessions = {}
-        for i, (row, passes) in enumerate((r, p) for table in tables.values() for r, p in table.items() if r in rows):
-            path = Path(folder) / f"{i}.onnx"
-            build(model, passes).export(path)
-            sessions[row] = Session(path)
-        found: dict[str, Any] = {}
-        for shape in SHAPES[model]:
-            flat = sized_inputs(graph, model, shape)
-            calls = {row: (lambda s=s, flat=flat: s(flat)) for row, s in sessions.items()}
-            found[shape] = {row: t.as_dict() for row, t in alternate(calls, "fp32", 41, budget_s=120).items()}
-    return found
+    programs = {row: build(model, passes) for table in tables.values() for row, passes in table.items() if row in rows}
+    return latencies(model, programs, SHAPES[model], "fp32", 41, 120)
 
 
 LATENCY = {
@@ -216,7 +200,7 @@ def main() -> None:
     for model in args.models or MODELS:
         for table in args.table or TABLES:
             if table == "latency":
-                RESULTS.store(model, table, None, latencies(model, LATENCY[model], {"w8a8": w8a8(model), "w4a16": w4a16(model)}))
+                RESULTS.store(model, table, None, latency(model, LATENCY[model], {"w8a8": w8a8(model), "w4a16": w4a16(model)}))
                 continue
             for row, passes in ROWS[table](model).items():
                 if RESULTS.has(model, table, row):

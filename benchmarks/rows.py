@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 MOST = {"minilm": 256, "digits-vit": 599, "stdlib-lm": 128}  # judged texts, images, windows of 256 tokens
@@ -60,6 +60,27 @@ def made(loaded: Any, passes: Any) -> Any:
         return rw.optimize(loaded, recipe=passes, verify=False)
     steps = [make_pass(p, {}) if isinstance(p, str) else make_pass(p["name"], {k: v for k, v in p.items() if k != "name"}) for p in passes]
     return rw.optimize(loaded, recipe=steps, verify=False)
+
+
+def latencies(model: str, programs: Mapping[str, Any], shapes: Sequence[str], reference: str, runs: int, budget_s: float) -> dict[str, Any]:
+    """Row name -> result of rw.optimize, as files in onnxruntime: all rows alternating at each shape, Timings as dicts."""
+    from rewright.backends.onnx.session import Session
+    from rewright.tools.bench import alternate
+    from rewright.tools.compare import sized_inputs
+    from rewright.tools.models import load_model
+
+    graph = load_model(f"zoo:{model}").graph
+    with TemporaryDirectory() as folder:
+        sessions = {}
+        for i, (row, result) in enumerate(programs.items()):
+            result.export(path := Path(folder) / f"{i}.onnx")
+            sessions[row] = Session(path)
+        found: dict[str, Any] = {}
+        for shape in shapes:
+            flat = sized_inputs(graph, model, shape)
+            calls = {row: (lambda s=s, flat=flat: s(flat)) for row, s in sessions.items()}
+            found[shape] = {row: t.as_dict() for row, t in alternate(calls, reference, runs, budget_s=budget_s).items()}
+        return found
 
 
 def latency_lines(found: Mapping[str, Any], reference: str) -> list[str]:

@@ -106,7 +106,12 @@ def compare(a: Run, b: Run, inputs: Sequence[tuple[Tensor, ...]], valid: Callabl
 def _without_padding(outputs: Sequence[Any], mask: Tensor | None) -> Sequence[Any]:
     if mask is None:
         return outputs
-    return [o[mask] if isinstance(o, Tensor) and o.dim() > 2 and o.shape[:2] == mask.shape else o for o in outputs]
+    return [real_rows(o, mask) if isinstance(o, Tensor) else o for o in outputs]
+
+
+def real_rows(value: Tensor, mask: Tensor | None) -> Tensor:
+    """A value [batch, tokens, ...] without its padded tokens, [real, ...]; one without a token axis as it is. mask: of `padding_mask`."""
+    return value[mask] if mask is not None and value.dim() > 2 and value.shape[:2] == mask.shape else value
 
 
 def padding_mask(graph: Graph) -> Callable[[tuple[Tensor, ...]], Tensor | None]:

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from ..ir.errors import PromiseBroken
+from ..ir.errors import PromiseBroken, UsageError
 from ..ir.graph import Graph
 from ..ir.nodes import is_looked_through, same_shape
 from ..ir.pattern import Match, Miss, Pattern, overloads
+from ..ir.walk import load_weight
 from .statistics import Calibration, Order, Request, Source, Statistics, linear_inputs, moments_in_order
 
 NOT_ASKED = "not asked for here"
@@ -63,6 +64,18 @@ class Context:
         """Log one match that was left alone."""
         self.matched += 1
         self.declined.append(Declined(node.name, node.meta.get("path", ""), why))
+
+    def weight(self, graph: Graph, node: Any) -> Tensor:
+        """A weight's tensor; where the graph is on meta, from calibration's weights. Raises UsageError when there are none."""
+        held = graph.weight(node).detach()
+        if not held.is_meta:
+            return held
+        if self.calibration is None or self.calibration.weights is None:
+            raise UsageError(
+                f"the graph has no weights and the numbers of {node.target} are needed; give calibration a WeightStore of them, Graph.materialize the graph, "
+                "or choose options that look at no weights (allocation = uniform, shared = packed)"
+            )
+        return load_weight(graph, str(node.target), self.calibration.weights)
 
     def moments_in_order(self, graph: Graph, order: Order) -> Source:
         """Where to get each layer's moments from; to be called before the first edit of `graph`."""

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from ..ir.blocks.vocabulary import is_logits
 from ..ir.graph import Flat, Graph
-from ..ir.verify import padding_mask
-from .statistics.own_loss import is_logits
+from ..ir.verify import padding_mask, real_rows
 
 Replacement = Callable[[Tensor], Tensor]
 """The value a node is made of -> what stands in for the node's."""
@@ -86,7 +86,8 @@ class Sensitivity:
         drift = 0.0
         for i, kl in enumerate(self._kl):
             rows = [
-                _rows_drift(_real(before[i], mask), _real(after[i], mask), kl) for before, after, mask in zip(self._reference, found, self._masks, strict=True)
+                _rows_drift(real_rows(before[i], mask), real_rows(after[i], mask), kl)
+                for before, after, mask in zip(self._reference, found, self._masks, strict=True)
             ]
             drift += torch.cat(rows).mean().item()
         return drift
@@ -100,8 +101,3 @@ def _rows_drift(a: Tensor, b: Tensor, kl: bool) -> Tensor:
         return (a.exp() * (a - b)).sum(-1)
     size = a.square().sum(-1)
     return (a - b).square().sum(-1) / torch.where(size == 0, 1.0, size)
-
-
-def _real(value: Tensor, mask: Tensor | None) -> Tensor:
-    """Without padded tokens, where the value has a token axis."""
-    return value[mask] if mask is not None and value.dim() > 2 and value.shape[:2] == mask.shape else value

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..ir.blocks.residual import residual_streams
-from ..ir.blocks.vocabulary import is_linear, past_layout
+from ..ir.blocks.vocabulary import is_logits
 from ..ir.errors import UsageError
 from ..ir.graph import Flat, Graph
-from ..ir.verify import padding_mask
+from ..ir.verify import padding_mask, real_rows
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(teacher's rows, student's rows) [rows, channels] in float32 -> scalar, a mean over rows."""
@@ -66,7 +66,7 @@ def output_terms(teacher: Graph, student: Graph, loss: LossName = "auto", temper
         value = t.meta.get("val") if isinstance(t, fx.Node) else None
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
             continue
-        logits = is_linear(past_layout(t)) and int(value.shape[-1]) > 1
+        logits = is_logits(t)
         kind = ("kl" if logits else "mse") if loss == "auto" else loss
         distance: Distance = {"kl": lambda a, b: kl(a, b, temperature), "mse": relative_mse, "cosine": cosine}[kind]
         terms.append(Term(t.name, s.name, distance, name=f"{kind} of {'logits' if logits else 'values'}{f' {i}' if len(theirs) > 1 else ''}"))
@@ -135,8 +135,7 @@ def values_of(graph: Graph, names: Sequence[str]) -> fx.GraphModule:
 
 def _rows(value: Tensor, mask: Tensor | None) -> Tensor:
     """[rows, channels] in float32, without padded tokens."""
-    if mask is not None and value.dim() > 2 and value.shape[:2] == mask.shape:
-        value = value[mask]
+    value = real_rows(value, mask)
     return value.float().reshape(-1, value.shape[-1])
 
 

@@ -99,11 +99,6 @@ class FFNBlock:
                 return None
         return None
 
-    @property
-    def residual_pair(self) -> tuple[fx.Node, fx.Node] | None:
-        """(what `residual` adds to, the sum), or None: the block as a whole."""
-        return None if (terms := self.residual_terms) is None else (terms[0], terms[2])
-
     def __str__(self) -> str:
         parts = [f"{self.width} -> {self.hidden}, {self.act}"]
         if self.experts is not None:

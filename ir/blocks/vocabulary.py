@@ -212,6 +212,11 @@ def past_layout(node: Any) -> Any:
     return node
 
 
+def is_logits(output: Any) -> bool:
+    """Whether an output is what a linear layer makes of several classes: numbers for a softmax, as far as can be told."""
+    return is_linear(past_layout(output)) and int(output.meta["val"].shape[-1]) > 1
+
+
 def shared_weights(*projections: fx.Node | None) -> list[str]:
     """Why editing the weights of these projections changes others too (ALBERT's layers are one): at most one sentence."""
     calls = max((len(w.users) for p in projections if p is not None and isinstance(w := _weight(p), fx.Node) and w.op == "get_attr"), default=1)

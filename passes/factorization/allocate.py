@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from ...ir.blocks import ffn_blocks
-from ...ir.blocks.vocabulary import path_of, reads
-from ...ir.cost import cost
 from ...ir.errors import RecipeError, UsageError
 from ...ir.extract import extract
 from ...ir.graph import Graph
@@ -21,7 +17,7 @@ from ..recipe import pass_from_text
 from ..rewrite import NOT_ASKED, Context, GraphPass, Pass
 from ..sensitivity import Sensitivity
 from ..statistics import Calibration, Moments, Order, Request, Statistics
-from .scope import linears_in
+from .layer_options import Layer, Option, all_requests, has_option, label_of, places, price_of, relative_error, requests_of, seconds_of, weights_of_influence
 
 STEP = 0.05
 """Between the ratios every choice is tried at, where none are given."""
@@ -95,17 +91,17 @@ class Allocate(GraphPass):
         fit, held = _split(context.calibration, self.held_out)
         streams = [layer.stream for layer in layers if layer.stream is not None and self.weigh == "influence"]
         influences = [Request(b.name, frozenset({"influence"}), block_input=a.name) for a, _, b in streams]
-        statistics = fit.gather(graph, [*_union(graph, self.steps, layers), *influences])
+        statistics = fit.gather(graph, [*all_requests(graph, self.steps, layers), *influences])
         self._measure(graph, layers, context, statistics, fit, held)
         chosen = self._choose(layers)
         self._apply(graph, layers, chosen, context)
         graph.notes += self._said(layers, chosen)
         return graph
 
-    def _layers(self, graph: Graph, context: Context) -> list[_Layer]:
+    def _layers(self, graph: Graph, context: Context) -> list[Layer]:
         """What can be cut out of the program, in its order; the rest is declined."""
         found = []
-        for name, start, outputs, stream in _places(graph, self.scope):
+        for name, start, outputs, stream in places(graph, self.scope):
             if why := next((w for n in outputs if (w := context.ignored(n))), None):
                 if why != NOT_ASKED:
                     context.decline(outputs[-1], why)
@@ -114,10 +110,10 @@ class Allocate(GraphPass):
             if isinstance(part, str):
                 context.decline(outputs[-1], f"it can't be measured alone: {part}")
             else:
-                found.append(_Layer(name, start, outputs, stream, part, _price(part, self.budget, context), _seconds(part, context)))
+                found.append(Layer(name, start, outputs, stream, part, price_of(part, self.budget, context), seconds_of(part, context)))
         return found
 
-    def _measure(self, graph: Graph, layers: list[_Layer], context: Context, statistics: Statistics, fit: Calibration, held: Calibration) -> None:
+    def _measure(self, graph: Graph, layers: list[Layer], context: Context, statistics: Statistics, fit: Calibration, held: Calibration) -> None:
         """Give every layer its options."""
         rows = held.gather(graph, [Request(layer.start.name, frozenset({"rows"})) for layer in layers])
         alone = Context(context.target, context.predict, context.seed, statistics=statistics, calibration=fit, moments=_oneshot(statistics))
@@ -125,7 +121,7 @@ class Allocate(GraphPass):
         drifts: Any = iter(lambda: (None, None), 0)
         if self.weigh == "drift":
             drifts = Sensitivity(graph, held.batches, reads=reads_at).alone([layer.outputs[0] for layer in layers])
-        weights = _influences(layers, statistics) if self.weigh == "influence" else [1.0] * len(layers)
+        weights = weights_of_influence(layers, statistics) if self.weigh == "influence" else [1.0] * len(layers)
         for i, (layer, (_, drift_of)) in enumerate(zip(layers, drifts)):
             context.progress(f"choices for {layer.name}", i, len(layers))
             x = rows[layer.start].rows
@@ -135,35 +131,35 @@ class Allocate(GraphPass):
                 after = step.run(layer.part.draft(), log)
                 after.clean()
                 if not log.applied:
-                    layer.refusals.append(f"{_label(choice, ratio)}: {log.declined[0].why if log.declined else 'nothing to do'}")
+                    layer.refusals.append(f"{label_of(choice, ratio)}: {log.declined[0].why if log.declined else 'nothing to do'}")
                     continue
-                price, seconds = _price(after, self.budget, context), _seconds(after, context)
+                price, seconds = price_of(after, self.budget, context), seconds_of(after, context)
                 if seconds is not None and layer.seconds is not None and seconds > layer.seconds:
-                    layer.refusals.append(f"{_label(choice, ratio)}: predicted {seconds * 1e6:.0f} us against {layer.seconds * 1e6:.0f} us as it is")
+                    layer.refusals.append(f"{label_of(choice, ratio)}: predicted {seconds * 1e6:.0f} us against {layer.seconds * 1e6:.0f} us as it is")
                     continue
                 if drift_of is None:
-                    error = weights[i] * _relative(y, layer.run(after, x))
+                    error = weights[i] * relative_error(y, layer.run(after, x))
                 else:
                     error = drift_of({node: (lambda v, after=after, k=k: after.run((v,))[k]) for k, node in enumerate(layer.outputs)})
-                layer.options.append(_Option(_label(choice, ratio), step, price, error))
+                layer.options.append(Option(label_of(choice, ratio), step, price, error))
 
     def _tries(self, at_an_end: bool) -> Iterator[tuple[str, Pass, float | None]]:
         """The choices at the ratios that side conditions leave."""
         most = min(1 - self.floor * (1 - self.ratio), self.ends * self.ratio if at_an_end and self.ends is not None else 1.0)
         ratios = self.ratios or [i * STEP for i in range(1, round(1 / STEP))]
         for choice, step in zip(self.choices, self.steps):
-            if not _has(step, "ratio"):
+            if not has_option(step, "ratio"):
                 yield choice, step, None
                 continue
             for ratio in ratios:
                 if ratio <= most + 1e-9:
                     yield choice, dataclasses.replace(step, ratio=ratio), ratio  # type: ignore[type-var, call-arg]
 
-    def _choose(self, layers: list[_Layer]) -> list[int]:
+    def _choose(self, layers: list[Layer]) -> list[int]:
         """The index of each layer's option; 0 is the layer as it is. Raises UsageError when no combination holds the budget."""
         limit = (1 - self.ratio) * sum(layer.price for layer in layers)
         for layer in layers:
-            layer.options.insert(0, _Option("as it is", None, layer.price, 0.0))
+            layer.options.insert(0, Option("as it is", None, layer.price, 0.0))
         goal = [[o.error / (1 if o.label.startswith(self.choices[0]) else self.prefer) for o in layer.options] for layer in layers]
         prices = [[o.price for o in layer.options] for layer in layers]
         chosen = (exact if self.solver == "exact" else greedy)(goal, prices, limit)
@@ -173,11 +169,11 @@ class Allocate(GraphPass):
             raise UsageError(f"allocate can't save {self.ratio:.0%} of the {self.budget} of {len(layers)} layers: its choices save {most:.0%} at most{why}")
         return chosen
 
-    def _apply(self, graph: Graph, layers: list[_Layer], chosen: Sequence[int], context: Context) -> None:
+    def _apply(self, graph: Graph, layers: list[Layer], chosen: Sequence[int], context: Context) -> None:
         assert context.calibration is not None
         steps = [layer.options[c].step for layer, c in zip(layers, chosen)]
         taken = [(step, layer) for step, layer in zip(steps, layers) if step is not None]
-        requests = [r for step, layer in taken for r in _requests(graph, step, [layer])]
+        requests = [r for step, layer in taken for r in requests_of(graph, step, [layer])]
         statistics = context.calibration.gather(graph, requests)
         source = dataclasses.replace(context, statistics=statistics).moments_in_order(graph, self.calibration)
         for i, (step, layer) in enumerate(zip(steps, layers)):
@@ -186,13 +182,13 @@ class Allocate(GraphPass):
                 continue
             context.progress(f"rewriting {layer.name}", i, len(layers))
             now = dataclasses.replace(context, only=layer.names, applied=[], declined=[], statistics=statistics, moments=source)
-            if not _has(step, "calibration"):  # it takes statistics, and of the program as it is now
-                now.statistics = context.calibration.gather(graph, _requests(graph, step, [layer]))
+            if not has_option(step, "calibration"):  # it takes statistics, and of the program as it is now
+                now.statistics = context.calibration.gather(graph, requests_of(graph, step, [layer]))
             step.run(graph, now)
             context.matched += 1
             context.applied.append(layer.name)
 
-    def _said(self, layers: list[_Layer], chosen: Sequence[int]) -> list[str]:
+    def _said(self, layers: list[Layer], chosen: Sequence[int]) -> list[str]:
         """The choice in sentences: how much is saved, and where each option was taken."""
         options = [layer.options[c] for layer, c in zip(layers, chosen)]
         left = sum(o.price for o in options) / sum(layer.price for layer in layers)
@@ -202,84 +198,6 @@ class Allocate(GraphPass):
             taken = [(layer.name, o.error) for layer, o in zip(layers, options) if o.label == label]
             said.append(f"allocate: {label}: {', '.join(name + (f' ({error:.2g})' if error else '') for name, error in taken)}")
         return said
-
-
-@dataclass
-class _Option:
-    """A choice for one layer at one ratio; no step: the layer as it is."""
-
-    label: str
-    step: Pass | None
-    price: float
-    error: float
-
-
-@dataclass
-class _Layer:
-    """A part of the program between one value and what is made of it. price: in the unit of the budget; seconds: predicted."""
-
-    name: str
-    start: fx.Node
-    outputs: list[fx.Node]
-    stream: tuple[fx.Node, fx.Node, fx.Node] | None
-    """What the layer's result is added to, the result, their sum."""
-    part: Graph
-    price: float
-    seconds: float | None
-    options: list[_Option] = field(default_factory=list)
-    refusals: list[str] = field(default_factory=list)
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Of the nodes in it."""
-        return frozenset(n.name for n in self.part.nodes)
-
-    def run(self, part: Graph, x: Tensor) -> list[Tensor]:
-        """The layer, or what stands for it, on rows [rows, channels]: its outputs as rows."""
-        lead = self.start.meta["val"].dim() - 2
-        return [y.flatten(0, -2) for y in part.run((x.reshape(*[1] * lead, *x.shape),))]
-
-
-Place = tuple[str, fx.Node, list[fx.Node], tuple[fx.Node, fx.Node, fx.Node] | None]
-"""(name, the value a layer starts from, the values it ends in, `stream` as _Layer has it)."""
-
-
-def _places(graph: Graph, scope: str) -> Iterator[Place]:
-    """All layers of a scope, in graph order."""
-    blocks = [b for b in ffn_blocks(graph) if b.gate is None or reads(b.gate) is reads(b.up)]
-    found: list[Place] = [(b.layer or path_of(b.down), reads(b.up), [b.down], b.residual_terms) for b in blocks]
-    if scope == "all":
-        sharing: dict[fx.Node, list[fx.Node]] = {}
-        for linear in linears_in(graph, "attention"):
-            sharing.setdefault(reads(linear), []).append(linear)
-        found += [(path_of(linears[-1]), x, linears, None) for x, linears in sharing.items()]
-    yield from sorted(found, key=lambda place: place[2][0])
-
-
-def _influences(layers: Sequence[_Layer], statistics: Statistics) -> list[float]:
-    """1 to 2 from the layer whose block changes the residual stream least to that which changes it most; 1 where it has no stream."""
-    found = {layer.name: statistics[layer.stream[2]].influence for layer in layers if layer.stream is not None}
-    low, high = min(found.values(), default=0.0), max(found.values(), default=0.0)
-    return [1 + (found.get(layer.name, low) - low) / ((high - low) or 1.0) for layer in layers]
-
-
-def _requests(graph: Graph, step: Pass, layers: Sequence[_Layer]) -> list[Request]:
-    """What a pass asks for in some layers."""
-    inside = {name for layer in layers for name in layer.names | {layer.start.name}}
-    weights = {n.name for layer in layers for n in layer.part.fx.find_nodes(op="get_attr")}
-    return [r for r in (step.requests(graph) if step.requires else []) if r.value in inside | weights]
-
-
-def _union(graph: Graph, steps: Sequence[Pass], layers: Sequence[_Layer]) -> list[Request]:
-    return [r for step in steps for r in _requests(graph, step, layers)]
-
-
-def _label(choice: str, ratio: float | None) -> str:
-    return choice if ratio is None else f"{choice} {ratio:.2g}"
-
-
-def _has(step: Pass, option: str) -> bool:
-    return option in {f.name for f in dataclasses.fields(step)}  # type: ignore[arg-type]
 
 
 def _split(calibration: Calibration, held_out: float) -> tuple[Calibration, Calibration]:
@@ -293,25 +211,3 @@ def _split(calibration: Calibration, held_out: float) -> tuple[Calibration, Cali
 
 def _oneshot(statistics: Statistics) -> Callable[[fx.Node, fx.Node], Moments]:
     return lambda value, start: Moments(statistics[value].gram, statistics[value].mean)
-
-
-def _price(part: Graph, budget: str, context: Context) -> float:
-    if budget == "bytes":
-        return float(part.weight_bytes())
-    if budget == "flops":
-        return float(cost(part).flops)
-    assert context.predict is not None
-    return context.predict(part)
-
-
-def _seconds(part: Graph, context: Context) -> float | None:
-    return None if context.predict is None else context.predict(part)
-
-
-def _relative(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Squared error relative to the variance, the mean over outputs."""
-    errors = []
-    for y, z in zip(before, after, strict=True):
-        y, z = y.double(), z.double()
-        errors.append(float((y - z).square().sum() / (y - y.mean(0)).square().sum().clamp(min=torch.finfo(torch.float64).tiny)))
-    return sum(errors) / len(errors)

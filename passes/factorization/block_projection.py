@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear_algebra import damped, roots
+from ..linear_algebra import damped, roots
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .linear_algebra import damped
+from ..linear_algebra import damped, strength
 
-Score = Literal["obs", "energy", "leverage", "random", "prefix"]
 LARGEST = 16384
 """Hidden channels up to which a D x D inverse is taken."""
 POOL = 4
@@ -42,7 +40,7 @@ def eliminate(w: Tensor, c: Tensor, ridge: float, batch: int = 64, order: Tensor
     interpolated. specs/structured_ffn.md 5.1.
     """
     w, c = w.double(), c.double()
-    p, strength = _inverse(damped(c, ridge)), _strength(c, ridge)
+    p, added_to_diagonal = _inverse(damped(c, ridge)), strength(c, ridge)
     left, v, squares = torch.arange(len(c)), w, w.square().sum(0)
     gone: list[Tensor] = []
     widths, errors, lost = [len(c)], [0.0], 0.0
@@ -67,7 +65,7 @@ def eliminate(w: Tensor, c: Tensor, ridge: float, batch: int = 64, order: Tensor
         left = left[stay]
         kept = w[:, left]
         # `lost` counts what the ridge adds: lambda times the squares of what went and of how far the rest was moved
-        added = strength * float(squares.sum() - squares[left].sum() + (v - kept).square().sum())
+        added = added_to_diagonal * float(squares.sum() - squares[left].sum() + (v - kept).square().sum())
         widths.append(len(left))
         errors.append(lost - added)
     rest = left if order is None else order[len(c) - len(left) :]
@@ -112,7 +110,7 @@ def energy(w: Tensor, c: Tensor) -> Tensor:
 
 def leverage(c: Tensor, ridge: float) -> Tensor:
     """[D]: diag(c (c + lambda)^-1), how much each channel is unlike the others (MoDeGPT's score, arXiv 2408.09632)."""
-    return 1 - _strength(c.double(), ridge) * _inverse(damped(c, ridge)).diagonal()
+    return 1 - strength(c.double(), ridge) * _inverse(damped(c, ridge)).diagonal()
 
 
 def errors_without_refit(w: Tensor, gram: Tensor, order: Tensor) -> Tensor:
@@ -134,13 +132,8 @@ def refitted(w: Tensor, c: Tensor, kept: Tensor, ridge: float) -> Tensor:
     gone[kept] = False
     lost = w[:, gone] @ c[gone][:, kept]
     inner = c[kept][:, kept]
-    inner.diagonal().add_(_strength(c, ridge))
+    inner.diagonal().add_(strength(c, ridge))
     return w[:, kept] + torch.linalg.solve(inner, lost.T).T
-
-
-def _strength(c: Tensor, ridge: float) -> float:
-    """What `damped` adds to the diagonal."""
-    return ridge * max(float(c.diagonal().mean()), torch.finfo(torch.float64).tiny)
 
 
 def _inverse(c: Tensor) -> Tensor:

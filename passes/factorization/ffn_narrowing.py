@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from ...ir.blocks.vocabulary import path_of
 from ...ir.graph import Graph
 from ...ir.nodes import argument
-from ...ir.walk import load_weight
+from ..linear_algebra import shrunk
 from ..rewrite import Context
 from ..statistics import Moments
 from .allocation import Layer, allocate
@@ -21,7 +21,6 @@ from .channel_mask import read_mask
 from .channel_selection import LARGEST, Selection, eliminate, energy, errors_without_refit, leverage, refitted
 from .expert_moments import ExpertSource
 from .hidden_channels import HiddenChannels, Take, set_argument, weight_name
-from .linear_algebra import shrunk
 
 if TYPE_CHECKING:
     from .ffn_width import FFNWidth
@@ -125,7 +124,7 @@ class Narrowing:
         """What the block's hidden channels are to give. dense: in the original program, for allocation."""
         options, down = self.options, site.block.down
         affine = options.refit == "affine"
-        w = self._data(down.args[1]).double()
+        w = self.context.weight(self.graph, down.args[1]).double()
         if site.block.experts is not None:
             nothing = w.new_zeros(w.shape[2])
             if not options.needs_data:
@@ -135,7 +134,7 @@ class Narrowing:
             moments = [Moments(gram, zero) if int(n) else None for gram, n in zip(found.gram, found.tokens)]
             return [Part(m.T, nothing, seen, int(n), options.shrink) for m, seen, n in zip(w, moments, found.tokens)]
         bias = argument(down, "bias")
-        b = w.new_zeros(len(w)) if bias is None else self._data(bias).double()
+        b = w.new_zeros(len(w)) if bias is None else self.context.weight(self.graph, bias).double()
         if not options.needs_data:
             return [Part(w, b)]
         if dense:
@@ -185,15 +184,10 @@ class Narrowing:
         found = part.w.square().sum(0)
         for stored in site.stored:
             if (held := argument(stored.call, stored.name)) in site.matrices:
-                w = self._data(held)[expert].double()
+                w = self.context.weight(self.graph, held)[expert].double()
                 for rows in stored.rows:
                     found = found * w[:, rows].square().sum(0)
         return found
-
-    def _data(self, weight: Any) -> Tensor:
-        """A weight, from where the graph is streamed from if it has none itself."""
-        streamed = self.context.calibration.weights if self.context.calibration is not None else None
-        return load_weight(self.graph, str(weight.target), streamed or {})
 
     # -- the edit -------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from ...ir.blocks.vocabulary import path_of
 from ...ir.errors import UsageError
 from ...ir.graph import Graph
 from ...ir.nodes import argument
-from ...ir.walk import load_weight
 from ..rewrite import Context
 from ..statistics import Moments
 from .allocation import Layer, Method
@@ -44,10 +43,10 @@ class Scores:
 
     def target(self, node: fx.Node, moments: Moments | None) -> Tensor:
         """The matrix to be factorised in place of a linear's, float64."""
-        w, b = self._data(node.args[1]), argument(node, "bias")
+        w, b = self.context.weight(self.graph, node.args[1]), argument(node, "bias")
         if moments is None:
             return w.double()
-        return moments.target(w, w.new_zeros(len(w)) if b is None else self._data(b), self.options.affine, self.options.ridge)[0]
+        return moments.target(w, w.new_zeros(len(w)) if b is None else self.context.weight(self.graph, b), self.options.affine, self.options.ridge)[0]
 
     def layers(self, linears: Mapping[fx.Node, tuple[int, int]], method: Method) -> list[Layer]:
         """What linears of [m, n] lose with every rank: in the original program, ranks are shared out before anything is rewritten."""
@@ -69,7 +68,7 @@ class Scores:
         if self.options.needs_moments:
             seen = self._statistics(node.args[0])
             moments = Moments(seen.gram, seen.mean)
-        return spectrum(self._outputs(node).weigh(self._data(node.args[1]).double()), self._inputs(node, moments))
+        return spectrum(self._outputs(node).weigh(self.context.weight(self.graph, node.args[1]).double()), self._inputs(node, moments))
 
     def _inputs(self, node: fx.Node, moments: Moments | None) -> Inputs:
         options = self.options
@@ -101,17 +100,6 @@ class Scores:
         if self.context.statistics is None:
             raise UsageError("low-rank reads statistics of the layers and there are none; give calibration data, or score = plain and affine = false")
         return self.context.statistics[value]
-
-    def _data(self, node: Any) -> Tensor:
-        """A weight's tensor, from calibration's weights where the graph has none."""
-        w = self.graph.weight(node).detach()
-        if not w.is_meta:
-            return w
-        if self.context.calibration is None or self.context.calibration.weights is None:
-            raise UsageError(
-                "the graph has no weights, which ranks depend on; give calibration a WeightStore of them, or use allocation = uniform and shared = packed"
-            )
-        return load_weight(self.graph, str(node.target), self.context.calibration.weights)
 
 
 def _scaled(singular: Tensor) -> Tensor:

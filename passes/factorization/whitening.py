@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .linear_algebra import damped, descending_eigenvalues, descending_eigh, roots, signed
+from ..linear_algebra import damped, descending_eigenvalues, descending_eigh, roots, signed
 
 DAMPING = 0.1  # of a Gram of gradients, whose rank is low when samples are few
 LEAST = 1e-6  # root of an output's weight, of the largest

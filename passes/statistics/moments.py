@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from ...ir.errors import UsageError
 from ...ir.graph import Graph
 from ...ir.walk import load_weight
+from ..linear_algebra import damped
 from .accumulators import CrossGram, Gram
 from .calibration import Calibration
 from .results import Statistics
@@ -55,9 +56,7 @@ class Moments:
         if affine:
             gram = self.covariance()
             cross = cross - torch.outer(self.mean_original, self.mean)
-        tiny = torch.finfo(gram.dtype).tiny  # a value that is always the same has a covariance of zeros
-        damped = gram + (ridge * gram.diagonal().mean()).clamp(min=tiny) * torch.eye(len(gram), dtype=gram.dtype)
-        new = w + torch.linalg.solve(damped, (w @ (cross - gram)).T).T
+        new = w + torch.linalg.solve(damped(gram, ridge), (w @ (cross - gram)).T).T
         return new, b + w @ self.mean_original - new @ self.mean if affine else b
 
 

@@ -7,12 +7,10 @@ import hashlib
 import torch
 from torch import Tensor, fx
 
+from ...ir.blocks.vocabulary import is_logits
 from ...ir.graph import Flat, Graph
-from ...ir.nodes import no_op_source
-from ...ir.verify import padding_mask
+from ...ir.verify import padding_mask, real_rows
 from .gradients import Loss
-
-aten = torch.ops.aten
 
 
 def own_loss(graph: Graph, seed: int = 0) -> Loss:
@@ -30,7 +28,7 @@ def own_loss(graph: Graph, seed: int = 0) -> Loss:
         for output, logits in zip(outputs, kinds):
             if logits is None:
                 continue
-            y = output[real] if real is not None and output.dim() > 2 and output.shape[:2] == real.shape else output
+            y = real_rows(output, real)
             if logits:
                 rows = y.float().reshape(-1, y.shape[-1]).log_softmax(-1)
                 drawn = torch.multinomial(rows.detach().exp(), 1, generator=generator)
@@ -40,13 +38,6 @@ def own_loss(graph: Graph, seed: int = 0) -> Loss:
         return total
 
     return loss
-
-
-def is_logits(node: fx.Node) -> bool:
-    """Whether an output is what a linear makes, no-ops aside: numbers for a softmax, as far as can be told."""
-    while node.op == "call_function" and (source := no_op_source(node)) is not None:
-        node = source
-    return node.target is aten.linear.default
 
 
 def _is_float(node: fx.Node) -> bool:

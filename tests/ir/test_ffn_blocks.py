@@ -59,7 +59,6 @@ def test_the_terms_of_the_residual_addition_are_told_apart(norm: str) -> None:
     assert total is block.residual
     assert (branch is block.down) == (norm != "output-norm")
     assert start < block.up
-    assert block.residual_pair == (start, total)
 
 
 def test_of_an_addition_fused_with_a_norm_the_sum_is_the_second_result() -> None:
@@ -83,4 +82,3 @@ def test_a_block_that_stands_alone_has_no_terms() -> None:
     (block,) = ffn_blocks(canonical(Alone(), torch.randn(4, 8)))
     assert block.residual is None
     assert block.residual_terms is None
-    assert block.residual_pair is None

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rewright.passes.factorization import linear_algebra
-from rewright.passes.factorization.linear_algebra import damped, descending_eigenvalues, descending_eigh, roots, shrunk
+from rewright.passes import linear_algebra
 from rewright.passes.factorization.whitening import DAMPING, Inputs, Outputs, balanced, basis, errors, refitted, spectrum
+from rewright.passes.linear_algebra import damped, descending_eigenvalues, descending_eigh, roots, shrunk
 from rewright.passes.statistics import Moments
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]

@@ -41,11 +41,15 @@ def roots(gram: Tensor, floor: float = 1e-6) -> tuple[Tensor, Tensor]:
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
 
+def strength(gram: Tensor, ridge: float) -> float:
+    """What `damped` adds to the diagonal: ridge times its mean, or times 1 where all are 0."""
+    mean = float(gram.double().diagonal().mean())
+    return ridge * (mean if mean > 0 else 1.0)
+
+
 def damped(gram: Tensor, ridge: float) -> Tensor:
     """gram + ridge * mean(diagonal) * I, float64: safe to invert."""
-    gram = gram.double()
-    mean = gram.diagonal().mean()
-    return gram + ridge * torch.where(mean > 0, mean, 1.0) * torch.eye(len(gram), dtype=gram.dtype)  # one of zeros too
+    return gram.double() + strength(gram, ridge) * torch.eye(len(gram), dtype=torch.float64)
 
 
 def shrunk(gram: Tensor, share: float) -> Tensor:
