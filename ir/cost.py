@@ -104,9 +104,20 @@ def _flops(node: fx.Node, name: str, results: list[Tensor], size: Any) -> int:
                 if q.dim() == 4
                 else 4 * _numel(q, size) * size(k.shape[-2])
             )
+        case "token_match" | "token_match_energy":
+            a = arguments(node)
+            batch, count, width = (size(s) for s in a["metric"].meta["val"].shape)
+            n = count - size(a["prefix"])
+            return 2 * batch * width * (n * n if name == "token_match_energy" else _candidates(a, n, size))
         case "softmax" | "_softmax" | "layer_norm" | "add_layer_norm" | "rms_norm" | "add_rms_norm" | "group_norm" | "gelu":
             return 8 * out
     return out if results[0].is_floating_point() else 0
+
+
+def _candidates(a: Mapping[str, Any], n: int, size: Any) -> int:
+    """Pairs of a candidate and a target; n tokens are dealt out in turn where none are given."""
+    given = [a[name] for name in ("candidates", "targets")]
+    return (n + 1) // 2 * (n // 2) if None in given else math.prod(size(t.meta["val"].shape[0]) for t in given)
 
 
 _ARITHMETIC = {

@@ -57,6 +57,16 @@ def _same_size(x: Any, y: Any) -> bool:
     return bool(x == y)
 
 
+def set_argument(call: fx.Node, name: str, value: Any) -> None:
+    """Give a call another operand, by the name in its schema; arguments left out before it get their defaults."""
+    names = [s[0] for s in schema(call.target)]
+    place = names.index(name)
+    if place < len(call.args):
+        call.update_arg(place, value)
+    else:
+        call.update_kwarg(name, value)
+
+
 def no_op_source(node: fx.Node) -> fx.Node | None:
     """The value a node merely passes on (same-dtype copy, alias, full slice, reshape to its own shape), or None."""
     target = node.target

@@ -38,6 +38,7 @@ PASSES = {
     "ffn-width": "factorization.ffn_width:FFNWidth",
     "low-rank": "factorization.low_rank:LowRank",
     "block-structured": "factorization.block_structured:BlockStructured",
+    "token-merging": "tokens.token_merging:TokenMerging",
     "quantize-embedding": "quantization.quantize_embedding:QuantizeEmbedding",
     "quantize-linear": "quantization.quantize_linear:QuantizeLinear",
 }

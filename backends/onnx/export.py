@@ -18,7 +18,7 @@ from ...ir.errors import PromiseBroken, UsageError
 from ...ir.files import replacing
 from ...ir.graph import Graph, graph_module, quiet
 from ...ir.verify import Drift, compare, example_inputs, padding_mask, rounding_sensitivity
-from . import concat, constants
+from . import concat, constants, stable_sort
 from .linear_nbits import unrounded
 from .session import Session
 
@@ -228,9 +228,10 @@ def load_forms(profile: Profile, opset: int) -> dict[Any, Callable[..., Any]]:
 
 
 def translations(graph: Graph) -> dict[Any, Callable[..., Any]]:
-    """Op overload -> the function that builds its ONNX nodes, for those of `TRANSLATED` that the graph calls."""
+    """Op overload -> the function that builds its ONNX nodes, for those of `TRANSLATED` that the graph calls, and for stable sorts."""
     called = [op for op in TRANSLATED if graph.find(getattr(torch.ops.rewright, op).default)]
-    return {getattr(torch.ops.rewright, op).default: import_module(f".{op}", __package__).translate for op in called}
+    ours = {getattr(torch.ops.rewright, op).default: import_module(f".{op}", __package__).translate for op in called}
+    return {**ours, torch.ops.aten.sort.stable: stable_sort.translate}
 
 
 def _output_names(graph: Graph) -> list[str]:

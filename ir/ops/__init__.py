@@ -18,6 +18,11 @@ from . import quick_gelu as quick_gelu
 from . import rms_norm as rms_norm
 from . import rope as rope
 from . import selective_scan as selective_scan
+from . import token_match as token_match
+from . import token_match_energy as token_match_energy
+from . import token_merge as token_merge
+from . import token_places as token_places
+from . import token_take as token_take
 
 OPS = (
     "add_layer_norm",
@@ -38,5 +43,10 @@ OPS = (
     "rms_norm",
     "rope",
     "selective_scan",
+    "token_match",
+    "token_match_energy",
+    "token_merge",
+    "token_places",
+    "token_take",
 )
 """Every op of ours by name; `ir.ops.<name>` holds its meaning and its `cases`."""

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ._semantic import semantic
+from .proportional import log_sizes, unmasked
 
 
 @semantic(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, bool causal=False, int? window=None, "
-    "float? scale=None, float? softcap=None, Tensor? bias=None) -> Tensor"
+    "float? scale=None, float? softcap=None, Tensor? bias=None, Tensor? sizes=None) -> Tensor"
 )
 def attention(
     q: Tensor,
@@ -26,6 +27,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """Multi-head attention whose mask is facts, not a tensor. Returns [B, H, Q, Dv].
 
@@ -34,8 +36,14 @@ def attention(
     causal: query i sees keys up to i + K - Q (the last query sees all).   window: only keys at a distance below it.
     scale: default 1/sqrt(D).   softcap: c * tanh(scores / c) before bias and mask (Gemma 2).
     bias: added to the scores, broadcastable to [B, H, Q, K] (T5, ALiBi).
+    sizes: [B, K], how many equal keys each one stands for: its weight is that many times as large, and 0 hides it (proportional attention,
+    Bolya et al. 2023; ir.ops.proportional has its exact forms).
     A query that sees no key at all has an unspecified finite row here: no valid output depends on it.
     """
+    if sizes is not None:
+        if q.is_cuda and q.dtype.itemsize == 2 and key_mask is None and not causal and window is None and softcap is None and bias is None:
+            return unmasked(q, k, v, sizes, scale)
+        bias = log_sizes(q, sizes) if bias is None else bias.to(q.dtype) + log_sizes(q, sizes)
     if softcap is not None:
         return _softcapped(q, k, v, seen(q, k, key_mask, causal, window), scale, softcap, bias)
     grouped = q.shape[1] != k.shape[1]
@@ -76,7 +84,7 @@ def _softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
 
 
 def cases(dtype: torch.dtype, device: str) -> Iterator[tuple]:
-    """One case a term: grouped heads, key mask with holes, causal with Q = K and Q < K, window both ways, scale, softcap, bias, Dv other than D."""
+    """One case a term: grouped heads, key mask with holes, causal with Q = K and Q < K, window both ways, scale, softcap, bias, Dv other than D, sizes."""
 
     def tensors(b: int, h: int, kv: int, rows: int, columns: int, d: int, dv: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         shapes = (b, h, rows, d), (b, kv, columns, d), (b, kv, columns, dv or d)
@@ -97,3 +105,7 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[tuple]:
     yield *tensors(2, 4, 2, 17, 17, 16), holes(2, 17), True, 17, 0.25, 2.0, None
     yield *tensors(2, 4, 4, 17, 17, 16), None, False, None, 1.0, None, torch.randn(1, 4, 17, 17, device=device, dtype=dtype)
     yield *tensors(2, 4, 2, 17, 17, 16, 8), holes(2, 17), False, None, None, 3.0, torch.randn(2, 1, 17, 17, device=device, dtype=dtype)
+    counts = torch.randint(4, (2, 21), device=device).float()
+    counts[:, 0] = 1
+    yield *tensors(2, 4, 2, 9, 21, 16), None, False, None, None, None, None, counts
+    yield *tensors(2, 4, 4, 21, 21, 16, 8), holes(2, 21), True, None, 0.5, 3.0, None, counts

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from ...ir.blocks.vocabulary import path_of
 from ...ir.graph import Graph
-from ...ir.nodes import argument
+from ...ir.nodes import argument, set_argument
 from ..linear_algebra import shrunk
 from ..rewrite import Context
 from ..statistics import Moments
@@ -20,7 +20,7 @@ from .allocation import Layer, allocate
 from .channel_mask import read_mask
 from .channel_selection import LARGEST, Selection, eliminate, energy, errors_without_refit, leverage, refitted
 from .expert_moments import ExpertSource
-from .hidden_channels import HiddenChannels, Take, set_argument, weight_name
+from .hidden_channels import HiddenChannels, Take, weight_name
 
 if TYPE_CHECKING:
     from .ffn_width import FFNWidth

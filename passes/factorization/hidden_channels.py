@@ -16,7 +16,7 @@ from ...ir.blocks.channel_tracer import ChannelTracer
 from ...ir.blocks.vocabulary import LAYOUT, MOVES, expert_weight, input_axis, is_grouped_product, is_pointwise, path_of, reads
 from ...ir.evaluate import is_size, op_name
 from ...ir.graph import Graph
-from ...ir.nodes import argument, is_looked_through, same_shape, schema
+from ...ir.nodes import argument, is_looked_through, same_shape, schema, set_argument
 
 aten = torch.ops.aten
 
@@ -151,16 +151,6 @@ def hidden_channels(graph: Graph, block: FFNBlock) -> HiddenChannels | str:
         found.changed.append(node)
         pending |= node.users.keys()
     return found
-
-
-def set_argument(call: fx.Node, name: str, value: Any) -> None:
-    """Give a call another operand, by the name in its schema; arguments left out before it get their defaults."""
-    names = [s[0] for s in schema(call.target)]
-    place = names.index(name)
-    if place < len(call.args):
-        call.update_arg(place, value)
-    else:
-        call.update_kwarg(name, value)
 
 
 def _why_not_stored(call: fx.Node) -> str | None:

@@ -68,7 +68,7 @@ def _why_not(graph: Graph, node: fx.Node, size: int) -> str | None:
 def _split(graph: Graph, node: fx.Node, size: int) -> None:
     a = arguments(node)
     groups = a["heads"] // size
-    rest = [a[n] for n in ("key_mask", "causal", "window", "scale", "softcap", "bias")]
+    rest = [a[n] for n in ("key_mask", "causal", "window", "scale", "softcap", "bias", "sizes")]
     parts = []
     for i in range(groups):
         qkv = [_rows(graph, a[name], i, groups, node) for name in ("q", "k", "v")]

@@ -22,9 +22,9 @@ class PackHeads(Rewrite):
     name = "pack-heads"
     exact = True  # the same attention; only layouts move
 
-    def pattern(self, op: Any, q: Any, k: Any, v: Any, key_mask: Any, causal: Any, window: Any, scale: Any, softcap: Any, bias: Any) -> Any:
+    def pattern(self, op: Any, q: Any, k: Any, v: Any, key_mask: Any, causal: Any, window: Any, scale: Any, softcap: Any, bias: Any, sizes: Any) -> Any:
         heads = [op.permute(op.reshape(x, op.anything), HEADS_FIRST) for x in (q, k, v)]
-        y = op.attention(*heads, key_mask, causal, window, scale, softcap, bias)
+        y = op.attention(*heads, key_mask, causal, window, scale, softcap, bias, sizes)
         return op.reshape(op.permute(y, HEADS_FIRST), op.anything)
 
     def why_not(self, m: Match) -> str | None:
@@ -39,7 +39,7 @@ class PackHeads(Rewrite):
 
     def rewrite(self, op: Builder, m: Match) -> Any:
         return op.multi_head_attention(
-            m.q, m.k, m.v, _by_head(m, 0).shape[1], _by_head(m, 1).shape[1], m.key_mask, m.causal, m.window, m.scale, m.softcap, m.bias
+            m.q, m.k, m.v, _by_head(m, 0).shape[1], _by_head(m, 1).shape[1], m.key_mask, m.causal, m.window, m.scale, m.softcap, m.bias, m.sizes
         )
 
 

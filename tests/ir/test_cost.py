@@ -112,6 +112,28 @@ def test_attention_counts_both_products() -> None:
     assert cost(capture(Attend().eval(), (q, kv, kv), dynamic_shapes={})).flops == 2 * (2 * 2 * 3 * 5 * 7 * 8)
 
 
+class Matches(nn.Module):
+    def forward(self, x: Tensor, candidates: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        default, own = torch.ops.rewright.token_match(x, 3, 1), torch.ops.rewright.token_match(x, 3, 1, None, candidates, targets)
+        return *default, *own, *torch.ops.rewright.token_match_energy(x, 3, 1)
+
+
+def test_a_match_counts_the_products_of_the_pairs_it_compares() -> None:
+    graph = capture(Matches(), (torch.randn(2, 12, 8), torch.arange(1, 9), torch.arange(9, 12)), dynamic_shapes={"x": {0: "batch"}})
+    flops = [c.cost.flops for c in node_costs(graph)]
+    assert flops == [2 * 2 * 8 * 6 * 5, 2 * 2 * 8 * 8 * 3, 2 * 2 * 8 * 11 * 11]
+    assert [c.cost.flops for c in node_costs(graph, {"batch": 6})] == [3 * f for f in flops]
+
+
+class Weighed(nn.Module):
+    def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
+        return torch.ops.rewright.multi_head_attention(x, x, x, 2, 2, sizes=sizes)
+
+
+def test_sizes_add_no_product_to_attention() -> None:
+    assert cost(capture(Weighed(), (torch.randn(2, 5, 8), torch.ones(2, 5)))).flops == 2 * (2 * 2 * 5 * 5 * 8)
+
+
 def test_a_convolution_counts_its_window() -> None:
     graph = capture(nn.Conv2d(3, 6, 5, padding=2).eval(), (torch.randn(1, 3, 9, 9),), dynamic_shapes={})
     assert cost(graph).flops == 2 * (6 * 9 * 9) * (3 * 5 * 5)
