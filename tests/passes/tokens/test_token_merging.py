@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from rewright.passes.tokens.token_merging import TokenMerging, places_of, prefix
 from rewright.tools.models import load_model, runner_of
 from rewright.tools.zoo import load_zoo
 
-from .twins import ARCHITECTURES, _timm, pair, twin_images
+from .twins import ARCHITECTURES, pair, twin_images
 
 torch.set_num_threads(1)
 ours = torch.ops.rewright
@@ -31,6 +32,20 @@ def captured(model: nn.Module, inputs: tuple) -> Graph:
     model = model.double().eval()
     names = ["input_ids", "attention_mask"] if len(inputs) == 2 else None
     return rw.capture(model, inputs, dynamic_shapes={n: {0: "batch"} for n in names} if names else None)
+
+
+@cache
+def architecture(name: str) -> tuple[Graph, tuple]:
+    """One of ARCHITECTURES in float64 with its inputs, captured once: `run` edits clones."""
+    torch.manual_seed(0)
+    model, inputs = ARCHITECTURES[name][0]()
+    return captured(model, inputs), inputs
+
+
+@cache
+def zoo(name: str) -> Graph:
+    """A model of ours in canonical form."""
+    return rw.optimize(load_model(f"zoo:{name}"), recipe=[], verify=False).graph
 
 
 def run(graph: Graph, **options: Any) -> tuple[Graph, Context]:
@@ -47,10 +62,8 @@ def worst(a: Sequence[Any], b: Sequence[Any]) -> float:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_merging_equal_tokens_leaves_the_outputs_as_they_are(name: str) -> None:
-    torch.manual_seed(0)
-    make, prefix, pairs = ARCHITECTURES[name]
-    model, inputs = make()
-    graph = captured(model, inputs)
+    _, prefix, pairs = ARCHITECTURES[name]
+    graph, inputs = architecture(name)
     after, context = run(graph, r=(pairs, 0, 0))
     assert len(context.applied) == 1, context.declined
     flat = graph.flat_inputs(inputs)
@@ -73,7 +86,7 @@ def test_in_float32_within_rounding(name: str) -> None:
 
 def test_the_digits_model_with_its_real_weights_merges_equal_tokens_exactly() -> None:
     torch.manual_seed(0)
-    graph = rw.optimize(load_model("zoo:digits-vit"), recipe=[], verify=False).graph
+    graph = zoo("digits-vit").clone()
     table = next(n for n, t in graph.weights().items() if tuple(t.shape) == (1, 65, 192) or (t.dim() == 3 and t.shape[1] == 65))
     positions = graph.weight(table).detach().clone()
     pair(positions, 1)
@@ -92,9 +105,7 @@ def test_the_digits_model_with_its_real_weights_merges_equal_tokens_exactly() ->
 
 
 def test_in_block_merging_of_equal_tokens_is_exact_and_keeps_the_stream() -> None:
-    torch.manual_seed(0)
-    model = _timm("vit_tiny_patch16_224", 1, img_size=64)
-    graph = captured(model, (twin_images(64, 16),))
+    graph = architecture("vit")[0]
     after, context = run(graph, where="in-block", cell=(1, 2), share=0.5)
     assert len(context.applied) == 3
     flat = graph.flat_inputs((twin_images(64, 16),))
@@ -124,7 +135,7 @@ def test_counts_and_flops_ratios_are_those_of_the_formula(tokens: int, layers: i
 
 
 def test_the_flops_counter_agrees_with_the_formula_before_and_after() -> None:
-    graph = captured(*ARCHITECTURES["vit"][0]())
+    graph = architecture("vit")[0]
     after, _ = run(graph, r=3)
     for program, counts in ((graph, [17] * 4), (after, [17, 14, 11, 8])):
         found = sum(c.cost.flops for c in node_costs(program) if c.op in ("linear", "attention") and c.layer.startswith("blocks"))
@@ -134,7 +145,7 @@ def test_the_flops_counter_agrees_with_the_formula_before_and_after() -> None:
 
 @pytest.mark.parametrize("ratio", [1.25, 1.5, 2.0])
 def test_a_ratio_is_solved_for_and_met(ratio: float) -> None:
-    graph = captured(*ARCHITECTURES["vit"][0]())
+    graph = architecture("vit")[0]
     after, _ = run(graph, ratio=ratio, prefix=1)
     reached = cost(graph).flops / cost(after).flops
     assert ratio - 0.02 <= reached < ratio + 0.1
@@ -169,15 +180,14 @@ def test_allocation_takes_from_where_the_outputs_move_least() -> None:
 
 @pytest.mark.parametrize("options", [{"r": 0}, {"ratio": 1.0}, {"share": 0.0}])
 def test_nothing_to_remove_is_the_identity(options: dict[str, Any]) -> None:
-    graph = captured(*ARCHITECTURES["vit"][0]()).clone()
+    graph = architecture("vit")[0].clone()
     context = Context()
     assert TokenMerging(**options).run(graph, context) is graph
     assert not context.applied
 
 
 def test_shapes_follow_the_schedule_at_every_batch() -> None:
-    model, inputs = ARCHITECTURES["rope"][0]()
-    graph = captured(model, inputs)
+    graph = architecture("rope")[0]
     after, _ = run(graph, r=(3, 2, 4))
     assert [int(n.meta["val"].shape[2]) for n in after.find(ours.attention.default)] == [17, 14, 12]
     for batch in (1, 2, 5, 8):
@@ -193,11 +203,10 @@ def test_shapes_follow_the_schedule_at_every_batch() -> None:
 
 def test_padding_goes_first_and_what_it_holds_does_not_matter() -> None:
     torch.manual_seed(0)
-    model, (ids, mask) = ARCHITECTURES["padded text"][0]()
+    graph = architecture("padded text")[0]
     ids = torch.randint(100, (2, 17))
     mask = torch.zeros_like(ids)
     mask[0, :9], mask[1, :6] = 1, 1
-    graph = captured(model, (ids, mask))
     after, _ = run(graph, r=(4, 2, 1), prefix=1)  # 8 and 11 tokens are padding: no real one goes
     assert worst(graph.run((ids, mask)), after.run((ids, mask))) < 1e-12
     other = torch.where(mask.bool(), ids, torch.randint(100, ids.shape))
@@ -205,8 +214,7 @@ def test_padding_goes_first_and_what_it_holds_does_not_matter() -> None:
 
 
 def test_tokens_in_front_stay_where_they_are() -> None:
-    model, inputs = ARCHITECTURES["dinov2 with registers"][0]()
-    graph = captured(model, inputs)
+    graph = architecture("dinov2 with registers")[0]
     assert prefix_of(graph, 21) == 5
     after, _ = run(graph, r=4)
     flat = (torch.randn(2, 3, 56, 56, dtype=torch.float64),)
@@ -220,7 +228,7 @@ def test_tokens_in_front_stay_where_they_are() -> None:
 
 def test_without_merging_the_mean_over_tokens_would_be_wrong() -> None:
     """The mean-pooled case above fails if tokens are not weighted: the weights are there and are not all one."""
-    graph = captured(*ARCHITECTURES["mean-pooled vit"][0]())
+    graph = architecture("mean-pooled vit")[0]
     after, _ = run(graph, r=(5, 0, 0))
     means = [n for n in after.find(torch.ops.aten.mean.dim) if 1 in n.args[1] and n.meta["val"].dim() == 2]  # type: ignore[operator]
     assert len(means) == 1
@@ -233,7 +241,7 @@ def test_without_merging_the_mean_over_tokens_would_be_wrong() -> None:
 @pytest.mark.parametrize("variant", ["tofu", "pitome", "kth", "random"])
 def test_every_variant_gives_the_schedule_it_was_asked_for(variant: str) -> None:
     torch.manual_seed(0)
-    graph = captured(*ARCHITECTURES["vit"][0]())
+    graph = architecture("vit")[0]
     after, context = run(graph, r=(4, 3, 2), variant=variant)
     assert len(context.applied) == 3
     assert [int(n.meta["val"].shape[2]) for n in after.find(ours.attention.default)] == [17, 13, 10]
@@ -243,7 +251,7 @@ def test_every_variant_gives_the_schedule_it_was_asked_for(variant: str) -> None
 
 
 def test_dropping_keeps_no_sizes() -> None:
-    graph = captured(*ARCHITECTURES["vit"][0]())
+    graph = architecture("vit")[0]
     after, _ = run(graph, r=4, rule="drop")
     assert not after.find(ours.token_merge.default)
     assert [int(n.meta["val"].shape[2]) for n in after.find(ours.attention.default)] == [17, 13, 9]
@@ -251,7 +259,7 @@ def test_dropping_keeps_no_sizes() -> None:
 
 
 def test_without_proportional_attention_sizes_only_weigh_merges_and_means() -> None:
-    graph = captured(*ARCHITECTURES["mean-pooled vit"][0]())
+    graph = architecture("mean-pooled vit")[0]
     after, _ = run(graph, r=4, proportional=False)
     assert all(n.kwargs.get("sizes") is None for n in after.find(ours.attention.default))
     assert [n.args[4] is not None for n in after.find(ours.token_merge.default)] == [False, True, True]
@@ -280,7 +288,7 @@ def test_a_causal_model_is_refused() -> None:
 
 
 def test_a_dynamic_number_of_tokens_is_refused() -> None:
-    assert "the number of tokens is dynamic" in declined(rw.optimize(load_model("zoo:minilm"), recipe=[], verify=False).graph, r=2)
+    assert "the number of tokens is dynamic" in declined(zoo("minilm"), r=2)
 
 
 def test_a_bias_between_places_is_refused() -> None:
@@ -307,17 +315,17 @@ def test_learned_tokens_behind_the_others_are_refused() -> None:
 
 
 def test_dense_outputs_are_refused_where_copies_are_not_wanted() -> None:
-    graph = captured(*ARCHITECTURES["dense head"][0]())
+    graph = architecture("dense head")[0]
     assert "needs all tokens again" in declined(graph, r=2, unmerge="never")
 
 
 def test_dropped_tokens_cannot_be_copied_back() -> None:
-    graph = captured(*ARCHITECTURES["dense head"][0]())
+    graph = architecture("dense head")[0]
     assert "can't be copied back" in declined(graph, r=2, rule="drop")
 
 
 def test_a_slower_result_is_refused_with_its_figures() -> None:
-    graph = captured(*ARCHITECTURES["vit"][0]())
+    graph = architecture("vit")[0]
     context = Context(target=type("T", (), {"name": "a target"}), predict=lambda g: float(len(g.nodes)))
     after = TokenMerging(r=1, min_agreement=0).run(graph, context)
     assert not context.applied
@@ -355,5 +363,5 @@ def test_half_the_flops_of_the_digits_model_cost_no_accuracy_to_speak_of() -> No
 
 
 def test_merging_places_are_behind_norms_in_post_norm_models() -> None:
-    graph = captured(*ARCHITECTURES["padded text"][0]())
+    graph = architecture("padded text")[0]
     assert [p.value.target for p in places_of(TokenMerging(r=1), graph, Context())] == [torch.ops.aten.layer_norm.default] * 3
