@@ -39,7 +39,9 @@ def step(**options: Any) -> dict[str, Any]:
 
 
 def quality(variant: str, ratio: float) -> dict[str, Any]:
-    """The judge's scores of digits-vit in torch, tokens left, FLOPs ratio."""
+    """The judge's scores of digits-vit in torch, KL divergence from the original on the same images (nats), FLOPs ratio."""
+    import torch
+
     from rewright.ir.cost import cost
     from rewright.tools.models import load_model, runner_of
 
@@ -47,8 +49,18 @@ def quality(variant: str, ratio: float) -> dict[str, Any]:
     result = made(loaded, [step(ratio=ratio, **VARIANTS[variant])])
     record = result.records[-1]
     assert record.applied, record.declined[:1]
+    run, original, divergences = runner_of(result.module), runner_of(made(loaded, []).module), []
+
+    def compared(flat: Any) -> Any:
+        found = run(flat)
+        a, b = (t.double().log_softmax(-1) for t in (original(flat)[0], found[0]))
+        divergences.append((a.exp() * (a - b)).sum(-1))
+        return found
+
+    scores = judged("digits-vit", compared)
     return {
-        "quality": judged("digits-vit", runner_of(result.module)),
+        "quality": scores,
+        "kl": float(torch.cat(divergences).mean()),
         "flops_ratio": cost(made(loaded, []).graph).flops / cost(result.graph).flops,
         "note": result.graph.notes[-1],
         "seconds": round(record.seconds, 2),
@@ -155,7 +167,7 @@ def text(results: dict[str, Any]) -> str:
             if table == "quality":
                 for row, r in rows.items():
                     scores = "   ".join(f"{name} {q['value']:.4f} ({q['low']:.4f} to {q['high']:.4f})" for name, q in r["quality"].items())
-                    lines.append(f"  {row:24s} FLOPs /{r['flops_ratio']:.2f}   {scores}")
+                    lines.append(f"  {row:24s} FLOPs /{r['flops_ratio']:.2f}   KL {r['kl']:.5f}   {scores}")
             else:
                 lines += latency_lines({k: v for k, v in rows.items() if k != "programs"}, "original")
                 lines += [f"  {row:24s} FLOPs /{p['flops_ratio']:.2f}   {p['note']}" for row, p in rows["programs"].items()]
@@ -167,7 +179,7 @@ RESULTS = Rows("tokens", text)
 
 
 def draw() -> None:
-    """Left: agreement of digits-vit against FLOPs, by method. Right: measured speed-up against the FLOPs ratio."""
+    """Left: KL divergence of digits-vit from the original against FLOPs, by method. Right: measured speed-up against the FLOPs ratio."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -179,9 +191,9 @@ def draw() -> None:
     for i, variant in enumerate(VARIANTS):
         rows = [r for row, r in results.get("digits-vit", {}).get("quality", {}).items() if row.rpartition(" ")[0] == variant]
         if rows:
-            points = [(r["flops_ratio"], r["quality"]["agreement"]["value"]) for r in rows]
+            points = [(r["flops_ratio"], r["kl"]) for r in rows]
             left.plot(*zip(*points), "--s" if variant.startswith("drop") else "-o", color=f"C{i % 10}", label=variant, markersize=4, linewidth=1.2)
-    left.set(title="digits-vit: agreement with the original", xlabel="FLOPs of the original over its own")
+    left.set(title="digits-vit: KL divergence from the original, nats", xlabel="FLOPs of the original over its own", yscale="log")
     left.legend(fontsize=7)
     left.grid(alpha=0.3)
     for i, (model, tables) in enumerate(results.items()):

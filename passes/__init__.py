@@ -39,6 +39,7 @@ PASSES = {
     "low-rank": "factorization.low_rank:LowRank",
     "block-structured": "factorization.block_structured:BlockStructured",
     "token-merging": "tokens.token_merging:TokenMerging",
+    "visual-token-pruning": "tokens.visual_token_pruning:VisualTokenPruning",
     "quantize-embedding": "quantization.quantize_embedding:QuantizeEmbedding",
     "quantize-linear": "quantization.quantize_linear:QuantizeLinear",
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ir.graph import Graph
-from ..ir.verify import compare, example_inputs, first_divergence, tolerance
+from ..ir.verify import compare, example_inputs, first_divergence, shorter_outputs, tolerance
 from .pipeline import Flat
 from .rewrite import Context, Pass
 
@@ -45,7 +45,8 @@ def bisect(original: Graph, passes: Sequence[Pass], inputs: Sequence[Flat], limi
         return graph
 
     def bad(n: int) -> bool:
-        return compare(lambda flat: reference[id(flat)], prefix(n).run, flats).relative_error > limit
+        graph = prefix(n)
+        return compare(lambda flat: reference[id(flat)], graph.run, flats, without=shorter_outputs(original, graph)).relative_error > limit
 
     if not bad(len(passes)):
         return None

@@ -15,7 +15,7 @@ import torch
 from ..ir.cost import Cost, cost
 from ..ir.errors import PromiseBroken, RewrightError, UsageError
 from ..ir.graph import Flat, Graph
-from ..ir.verify import Drift, check_structure, compare, example_inputs, first_divergence, padding_mask, tolerance
+from ..ir.verify import Drift, check_structure, compare, example_inputs, first_divergence, padding_mask, shorter_outputs, tolerance
 from .cleanup import CANONICAL
 from .rewrite import Context, Declined, Pass
 from .statistics import Calibration, Statistics
@@ -140,7 +140,7 @@ class Pipeline:
             self.progress(step.name, i, len(steps))
             run.step(step, canonical, [p for p, _ in steps[i:] if p.requires])
         self.progress("done", len(steps), len(steps))
-        total = compare(run.reference, run.graph.run, run.inputs, run.valid) if run.inputs else None
+        total = compare(run.reference, run.graph.run, run.inputs, run.valid, shorter_outputs(run.original, run.graph)) if run.inputs else None
         run.graph.canonical = True
         return Outcome(run.original, run.graph, run.records, tuple(p for p, _ in steps), run.inputs, total)
 
@@ -210,7 +210,7 @@ class _Run:
             if _fingerprint(after) == self.fingerprint:
                 return self.graph, context
             after.clean()
-            check_structure(after, self.graph)
+            check_structure(after, self.graph, step.shortens_outputs)
         except RewrightError as error:
             record.undone = str(error)
             return None, context
@@ -226,7 +226,8 @@ class _Run:
             return None
         try:
             self._new_outputs = {id(flat): out for flat, out in zip(self.inputs, _run_all(after, self.inputs))}
-            from_original = compare(self.reference, lambda flat: self._new_outputs[id(flat)], self.inputs, self.valid)
+            without = shorter_outputs(self.original, after)
+            from_original = compare(self.reference, lambda flat: self._new_outputs[id(flat)], self.inputs, self.valid, without)
         except PromiseBroken as error:
             return str(error)
         record.measured = from_original.as_dict()
@@ -289,7 +290,7 @@ class _Run:
 
     def _harm(self, graph: Graph) -> float:
         """How far a program strays from the original on the first inputs. Raises PromiseBroken when it does not run."""
-        found = compare(self.reference, lambda flat: _run_all(graph, [flat])[0], self.inputs[:2], self.valid)
+        found = compare(self.reference, lambda flat: _run_all(graph, [flat])[0], self.inputs[:2], self.valid, shorter_outputs(self.original, graph))
         return 1 - found.cosine + found.relative_error * 1e-3
 
 

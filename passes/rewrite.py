@@ -97,6 +97,8 @@ class Pass:
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     """True promises the same function: bit-equal, or within the fp tolerance of ir.verify."""
+    shortens_outputs: ClassVar[bool] = False
+    """True: outputs may have fewer rows than before (cached keys and values of dropped tokens); those are not compared with the original's."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """Kinds of statistics (passes.statistics.KINDS) the pass reads from `context.statistics`."""
 

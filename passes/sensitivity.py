@@ -86,15 +86,15 @@ class Sensitivity:
         drift = 0.0
         for i, kl in enumerate(self._kl):
             rows = [
-                _rows_drift(real_rows(before[i], mask), real_rows(after[i], mask), kl)
+                rows_drift(real_rows(before[i], mask), real_rows(after[i], mask), kl)
                 for before, after, mask in zip(self._reference, found, self._masks, strict=True)
             ]
             drift += torch.cat(rows).mean().item()
         return drift
 
 
-def _rows_drift(a: Tensor, b: Tensor, kl: bool) -> Tensor:
-    """[rows], float64"""
+def rows_drift(a: Tensor, b: Tensor, kl: bool) -> Tensor:
+    """[rows], float64: KL divergence of softmaxes in nats, or squared error relative to the square of `a`; over the last axis."""
     a, b = (t.reshape(-1, t.shape[-1] if t.dim() else 1).double() for t in (a, b))
     if kl:
         a, b = a.log_softmax(-1), b.log_softmax(-1)

@@ -26,7 +26,7 @@ from ..ir.graph import Graph, quiet
 from ..ir.pattern import Miss, Pattern
 from ..ir.reexport import re_export
 from ..ir.save import load_graph, save_graph
-from ..ir.verify import Drift, compare, example_inputs
+from ..ir.verify import Drift, compare, example_inputs, shorter_outputs
 from ..passes import find_pass
 from ..passes.bisect import Culprit
 from ..passes.bisect import bisect as _bisect
@@ -238,7 +238,7 @@ def verify(a: nn.Module | Graph, b: nn.Module | Graph, inputs: Any) -> Drift:
     batches = inputs if isinstance(inputs, list) else [inputs]
     if isinstance(a, Graph) and isinstance(b, Graph):
         flats = [as_flat(a, x) for x in batches]
-        return compare(a.run, b.run, [*example_inputs(a, flats[0]), *flats[1:]])
+        return compare(a.run, b.run, [*example_inputs(a, flats[0]), *flats[1:]], without=shorter_outputs(a, b))
     total = Drift()
     for batch in batches:
         args, kwargs = ((), batch) if isinstance(batch, Mapping) else (batch if isinstance(batch, tuple) else (batch,), {})

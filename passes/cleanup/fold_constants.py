@@ -66,6 +66,9 @@ class _Replay:
         self.args, self.kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Slot(position[n]))  # type: ignore[misc, arg-type, return-value]
 
     def __call__(self, *weights: Tensor) -> Tensor:
+        if any(w.is_meta for w in weights):  # of a graph without weights some constants have data all the same: positions
+            weights = tuple(w.to("meta") for w in weights)
+
         def fill(value: Any) -> Any:
             if isinstance(value, _Slot):
                 return weights[value.index]

@@ -30,6 +30,9 @@ class _Through(nn.Module):
         lambda m, x: x.expand(-1, 8),
         lambda m, x: x.permute(0, 1).detach(),
         lambda m, x: x * 1.0 / 1,
+        lambda m, x: torch.cat([x]),
+        lambda m, x: torch.cat([torch.tensor([]), x], -2),
+        lambda m, x: torch.cat([x, torch.zeros(0, 8)]),
     ],
 )
 def test_drops(apply, function) -> None:
@@ -49,9 +52,16 @@ def test_drops(apply, function) -> None:
         lambda m, x: x.expand(2, -1, -1),
         lambda m, x: x + 0,
         lambda m, x: x * 1.5,
+        lambda m, x: torch.cat([x, torch.zeros(1, 8)]),
     ],
 )
 def test_keeps(apply, function) -> None:
     done = apply(_Through(function), (torch.randn(3, 8),), DropNoOps())
     assert sum(done.after.values()) >= 2
+    assert done.error(torch.randn(5, 8)) == 0
+
+
+def test_keeps_a_cat_with_nothing_of_a_wider_type(apply) -> None:
+    done = apply(_Through(lambda m, x: torch.cat([torch.zeros(0, dtype=torch.float64), x])), (torch.randn(3, 8),), DropNoOps())
+    assert done.after["cat"] == 1
     assert done.error(torch.randn(5, 8)) == 0

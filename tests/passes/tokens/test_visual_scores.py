@@ -35,7 +35,7 @@ class LastToken(nn.Module):
 def language_model(name: str) -> Graph:
     torch.manual_seed(0)
     grouped = {} if name == "GPTNeoX" else {"num_key_value_heads": 2, "head_dim": 8}
-    config = getattr(transformers, f"{name}Config")(**SMALL, **grouped, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = getattr(transformers, f"{name}Config")(**SMALL, **grouped, initializer_range=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model = getattr(transformers, f"{name}Model")(config).eval()
     graph = capture(LastToken(model), (embeddings(),), None, {"inputs_embeds": {0: "batch"}})
     for step in CANONICAL:

@@ -91,6 +91,35 @@ def rope_encoder() -> tuple[nn.Module, tuple]:
     return model, (twin_images(56, 14),)
 
 
+class Taps(nn.Module):
+    """The grid of tokens behind every block, as DPT and FPN heads take it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = _timm("vit_tiny_patch16_224", 1, img_size=64)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x, found = self.vit._pos_embed(self.vit.patch_embed(x)), []  # type: ignore[operator]
+        for block in self.vit.blocks:  # type: ignore[union-attr]
+            x = block(x)
+            found.append(x[:, 1:].transpose(1, 2).reshape(-1, 192, 4, 4))
+        return found
+
+
+def feature_taps() -> tuple[nn.Module, tuple]:
+    return Taps(), (twin_images(64, 16),)
+
+
+def encoder_decoder() -> tuple[nn.Module, dict[str, Tensor]]:
+    """BART, whose decoder reads the encoder's tokens."""
+    from transformers import BartConfig, BartModel
+
+    sizes = {"encoder_layers": 3, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": 48, "vocab_size": 100}
+    model = BartModel(BartConfig(encoder_ffn_dim=96, decoder_ffn_dim=96, use_cache=False, **sizes))
+    pair(model.encoder.embed_positions.weight, 2)  # its first two rows are for nothing
+    return model, {"input_ids": torch.randint(4, 100, (2, 8)).repeat_interleave(2, 1), "decoder_input_ids": torch.randint(4, 100, (2, 5))}
+
+
 class Pooled(nn.Module):
     """BERT with its class token's state and the mean over real tokens, as sentence encoders take it."""
 
@@ -108,15 +137,15 @@ class Pooled(nn.Module):
         return hidden[:, 0], (hidden * real).sum(1) / real.sum(1).clamp(min=1e-9)
 
 
-def padded_text() -> tuple[nn.Module, tuple]:
+def padded_text() -> tuple[nn.Module, dict[str, Tensor]]:
     """17 tokens of which the second text has 13, a class token and 6 pairs."""
     ids, mask = torch.randint(100, (2, 17)), torch.ones(2, 17, dtype=torch.long)
     ids[:, 2::2] = ids[:, 1::2]
     mask[1, 13:] = 0
-    return Pooled(), (ids, mask)
+    return Pooled(), {"input_ids": ids, "attention_mask": mask}
 
 
-ARCHITECTURES: dict[str, tuple[Callable[[], tuple[nn.Module, tuple]], int, int]] = {
+ARCHITECTURES: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], int, int]] = {
     "vit": (vit, 1, 8),
     "mean-pooled vit": (mean_pooled_vit, 1, 8),
     "deit": (deit_with_distillation_token, 2, 8),
@@ -124,7 +153,9 @@ ARCHITECTURES: dict[str, tuple[Callable[[], tuple[nn.Module, tuple]], int, int]]
     "dinov2 of transformers": (dinov2_of_transformers, 5, 8),
     "siglip": (siglip_with_attention_pooling, 0, 8),
     "dense head": (dense_head, 1, 8),
+    "feature taps": (feature_taps, 1, 8),
     "rope": (rope_encoder, 1, 8),
+    "encoder-decoder": (encoder_decoder, 0, 8),
     "padded text": (padded_text, 1, 8),
 }
 """Name -> (model and inputs, its tokens in front that are no content, its pairs)."""
