@@ -41,6 +41,7 @@ def step(**options: Any) -> dict[str, Any]:
 def quality(variant: str, ratio: float) -> dict[str, Any]:
     """The judge's scores of digits-vit in torch, KL divergence from the original on the same images (nats), FLOPs ratio."""
     import torch
+    from torch.utils._pytree import tree_leaves
 
     from rewright.ir.cost import cost
     from rewright.tools.models import load_model, runner_of
@@ -53,7 +54,7 @@ def quality(variant: str, ratio: float) -> dict[str, Any]:
 
     def compared(flat: Any) -> Any:
         found = run(flat)
-        a, b = (t.double().log_softmax(-1) for t in (original(flat)[0], found[0]))
+        a, b = (tree_leaves(y)[0].double().log_softmax(-1) for y in (original(flat), found))
         divergences.append((a.exp() * (a - b)).sum(-1))
         return found
 
@@ -167,7 +168,7 @@ def text(results: dict[str, Any]) -> str:
             if table == "quality":
                 for row, r in rows.items():
                     scores = "   ".join(f"{name} {q['value']:.4f} ({q['low']:.4f} to {q['high']:.4f})" for name, q in r["quality"].items())
-                    lines.append(f"  {row:24s} FLOPs /{r['flops_ratio']:.2f}   KL {r['kl']:.5f}   {scores}")
+                    lines.append(f"  {row:24s} FLOPs /{r['flops_ratio']:.2f}   KL {r['kl']:.1e}   {scores}")
             else:
                 lines += latency_lines({k: v for k, v in rows.items() if k != "programs"}, "original")
                 lines += [f"  {row:24s} FLOPs /{p['flops_ratio']:.2f}   {p['note']}" for row, p in rows["programs"].items()]

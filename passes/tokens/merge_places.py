@@ -14,7 +14,8 @@ from ...ir.blocks.vocabulary import FUSED_NORMS, is_norm, is_sum, path_of
 from ...ir.graph import Graph
 from ...ir.nodes import argument
 from ..rewrite import Context
-from .fewer_tokens import Refused, Sweep
+from .fewer_tokens import Sweep
+from .following import Refused
 
 if TYPE_CHECKING:
     from .token_merging import TokenMerging

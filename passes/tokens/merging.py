@@ -18,7 +18,8 @@ from ...ir.nodes import argument
 from ...ir.verify import padding_mask, real_rows
 from ..rewrite import Context
 from ..sensitivity import rows_drift
-from .fewer_tokens import Cut, Make, Refused, Rows, Sweep, Tokens, numbers_after
+from .fewer_tokens import Cut, Make, Sweep, numbers_after
+from .following import Refused, Rows, Tokens
 from .merge_places import Place, prefix_of
 from .schedule import TokenFlops, allocated, clamped, ramp, solved
 
@@ -94,9 +95,11 @@ class Merging:
         if self.options.allocation == "schedule" or not self.batches:
             return solved(flops, ratio, self.options.inflection, self.prefix)
         most = solved(flops, ratio, 0.0, self.prefix)
+        drifts = self._sensitivities(max(1, max(most) // 4))
+        alone = ", ".join(f"{path_of(p.block.attention)} {steps[-1][1]:.1e} ({steps[-1][0]})" for p, steps in zip(self.places, drifts) if steps)
+        self.remarks.append(f"token-merging: drift of the outputs with tokens gone at one place alone (how many): {alone}")
         shapes = [solved(flops, ratio, inflection, self.prefix) for inflection in INFLECTIONS]
-        shapes.append(allocated(flops, self._sensitivities(max(1, max(most) // 4)), ratio, self.prefix))
-        reached = [s for s in shapes if flops.ratio(s) >= ratio] or [most]
+        reached = [s for s in [*shapes, allocated(flops, drifts, ratio, self.prefix)] if flops.ratio(s) >= ratio] or [most]
         return min(reached, key=self._drift)
 
     def _outputs(self, gone: Sequence[int]) -> Iterator[tuple[bool, Tensor, Tensor]]:

@@ -16,7 +16,8 @@ from ...ir.blocks.residual import Streams
 from ...ir.blocks.vocabulary import CONVOLUTIONS, FUSED_NORMS, LAST_AXIS_NORMS, past_casts, path_of
 from ...ir.graph import Graph
 from ...ir.nodes import argument, set_argument
-from .fewer_tokens import Cut, Refused, Rows, Sweep, Tokens, static_count
+from .fewer_tokens import Cut, Sweep
+from .following import Refused, Rows, Tokens, static_count
 
 aten = torch.ops.aten
 ours = torch.ops.rewright
@@ -104,11 +105,11 @@ class PromptSweep(Sweep):
         set_argument(node, name, begin)
         return True
 
-    def _follow(self, node: fx.Node, table: fx.Node, rows: Rows, dims: int) -> fx.Node:
+    def follow(self, node: fx.Node, table: fx.Node, rows: Rows, dims: int) -> fx.Node:
         tokens = rows.tokens
         if isinstance(tokens, PromptTokens) and tokens.positions is not None:
             rows = replace(rows, tokens=replace(tokens, numbers=tokens.positions, positions=None))
-        return super()._follow(node, table, rows, dims)
+        return super().follow(node, table, rows, dims)
 
     def _output(self, node: fx.Node) -> None:
         outputs: Any = node.args[0]

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from ...ir.errors import RecipeError
 from ...ir.graph import Graph
 from ..rewrite import Context, GraphPass
-from .fewer_tokens import Refused
+from .following import Refused
 from .merge_places import places_of, sequences
 from .merging import Merging
 

@@ -11,7 +11,7 @@ from torch import fx
 from ...ir.blocks import AttentionBlock
 from ...ir.blocks.vocabulary import path_of
 from ...ir.nodes import argument
-from .fewer_tokens import Refused, Rows, Tokens
+from .following import Refused, Rows, Tokens
 from .prompt import PromptSweep, PromptTokens, image_rows
 
 aten = torch.ops.aten

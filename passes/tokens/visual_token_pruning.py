@@ -17,7 +17,8 @@ from ...ir.graph import Graph
 from ...ir.nodes import argument, set_argument
 from ..rewrite import NOT_ASKED, Context, GraphPass
 from ..sensitivity import rows_drift
-from .fewer_tokens import Cut, Make, Refused, Rows, Sweep
+from .fewer_tokens import Cut, Make, Sweep
+from .following import Refused, Rows
 from .prompt import Prompt, PromptSweep, PromptTokens, counted, find_prompt, image_after, keep_of, tokens_at
 from .visual_merging import merged_image
 from .visual_schedule import METHODS, MethodName, Stage, by_layer, sigmoid_shares, smallest
