@@ -1,5 +1,5 @@
 # What people and CI run. Every target works on a bare machine: .venv is made on first use, and brought up to date
-# whenever pyproject.toml or constraints.txt change.
+# whenever pyproject.toml, constraints.txt or this file change.
 
 PYTHON ?= python3
 READY := .venv/.ready
@@ -34,13 +34,14 @@ clean:
 	rm -rf .venv .make .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml constraints.txt
+# timm asks for torchvision, whose wheel for this torch wants CUDA: hence --no-deps, and tools/torchvision_stand_in.py.
+$(READY): pyproject.toml constraints.txt Makefile
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	.venv/bin/python -m pip install --quiet -c constraints.txt --no-deps timm
 	touch $@
 
-# timm asks for torchvision, whose wheel for this torch wants CUDA: hence --no-deps, and tools/torchvision_stand_in.py.
 .venv/.matrix: $(READY)
 	.venv/bin/python -m pip install --quiet -c constraints.txt requests importlib_metadata pillow
-	.venv/bin/python -m pip install --quiet -c constraints.txt --no-deps timm diffusers
+	.venv/bin/python -m pip install --quiet -c constraints.txt --no-deps diffusers
 	touch $@

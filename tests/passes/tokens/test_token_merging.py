@@ -112,6 +112,46 @@ def test_in_block_merging_of_equal_tokens_is_exact_and_keeps_the_stream() -> Non
     assert [int(b.meta["val"].shape[1]) for b in after.find(torch.ops.aten.gelu.default)] == [17, 17, 17]
 
 
+class Reads(nn.Module):
+    """Single tokens, the first ones and a plain sum of a ViT's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = _timm("vit_tiny_patch16_224", 1, img_size=64, num_classes=0)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        tokens = self.vit.forward_features(x)
+        return tokens[:, 5], tokens[:, :4], tokens[:, 3:], tokens.sum(1)
+
+
+def test_tokens_that_are_read_one_by_one_are_those_they_were_merged_into() -> None:
+    torch.manual_seed(0)
+    graph = captured(Reads().double(), (twin_images(64, 16),))
+    after, context = run(graph, r=(8, 0, 0), prefix=1)
+    assert len(context.applied) == 1
+    flat = (twin_images(64, 16),)
+    assert worst(graph.run(flat), after.run(flat)) < 1e-12
+
+
+def test_a_mask_that_is_not_for_a_sum_stays_a_mask() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = ARCHITECTURES["padded text"][0]()[0].bert
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+            return hidden * attention_mask.unsqueeze(-1).to(hidden.dtype)
+
+    torch.manual_seed(0)
+    inputs = ARCHITECTURES["padded text"][0]()[1]
+    graph = captured(Masked().double(), inputs)
+    after, _ = run(graph, r=(8, 0, 0), prefix=1)
+    flat = graph.flat_inputs((), inputs)
+    real = inputs["attention_mask"].bool()
+    assert worst(graph.run(flat)[0][real], after.run(flat)[0][real]) < 1e-12
+
+
 # -- schedules ----------------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +339,7 @@ def _swin() -> nn.Module:
     from rewright.tools.torchvision_stand_in import torchvision_stand_in
 
     with torchvision_stand_in():
-        import timm
+        timm = pytest.importorskip("timm")
     return timm.create_model("swin_tiny_patch4_window7_224", pretrained=False, img_size=32, window_size=4, depths=(2, 2), embed_dim=16, num_heads=(2, 4))
 
 

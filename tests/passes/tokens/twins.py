@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ def pair(positions: Tensor, first: int) -> None:
 
 def _timm(name: str, first: int, **options: Any) -> nn.Module:
     with torchvision_stand_in():
-        import timm
+        timm = pytest.importorskip("timm")
     model = timm.create_model(name, pretrained=False, **{"num_classes": 10, "depth": 3, **options})
     for p in model.parameters():  # timm starts class tokens and positions near zero, where a forgotten one would not show
         if p.dim() != 2:
