@@ -22,7 +22,7 @@ from rewright.passes.tokens.token_merging import TokenMerging
 from rewright.tools.models import load_model, runner_of
 from rewright.tools.zoo import load_zoo
 
-from .twins import ARCHITECTURES, pair, twin_images
+from .twins import ARCHITECTURES, pair, timm_vit, twin_images
 
 torch.set_num_threads(1)
 ours = torch.ops.rewright
@@ -117,7 +117,7 @@ class Reads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.vit = _timm("vit_tiny_patch16_224", 1, img_size=64, num_classes=0)
+        self.vit = timm_vit("vit_tiny_patch16_224", 1, img_size=64, num_classes=0)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         tokens = self.vit.forward_features(x)

@@ -25,7 +25,8 @@ def pair(positions: Tensor, first: int) -> None:
     positions.data[..., first + 1 :: 2, :] = positions.data[..., first:-1:2, :] if (positions.shape[-2] - first) % 2 else positions.data[..., first::2, :]
 
 
-def _timm(name: str, first: int, **options: Any) -> nn.Module:
+def timm_vit(name: str, first: int, **options: Any) -> nn.Module:
+    """A model of timm with random weights that all matter, and positions in pairs from `first` on."""
     with torchvision_stand_in():
         timm = pytest.importorskip("timm")
     model = timm.create_model(name, pretrained=False, **{"num_classes": 10, "depth": 3, **options})
@@ -38,19 +39,19 @@ def _timm(name: str, first: int, **options: Any) -> nn.Module:
 
 
 def vit() -> tuple[nn.Module, tuple]:
-    return _timm("vit_tiny_patch16_224", 1, img_size=64), (twin_images(64, 16),)
+    return timm_vit("vit_tiny_patch16_224", 1, img_size=64), (twin_images(64, 16),)
 
 
 def mean_pooled_vit() -> tuple[nn.Module, tuple]:
-    return _timm("vit_tiny_patch16_224", 1, img_size=64, global_pool="avg"), (twin_images(64, 16),)
+    return timm_vit("vit_tiny_patch16_224", 1, img_size=64, global_pool="avg"), (twin_images(64, 16),)
 
 
 def deit_with_distillation_token() -> tuple[nn.Module, tuple]:
-    return _timm("deit_tiny_distilled_patch16_224", 2, img_size=64), (twin_images(64, 16),)
+    return timm_vit("deit_tiny_distilled_patch16_224", 2, img_size=64), (twin_images(64, 16),)
 
 
 def dinov2_with_registers() -> tuple[nn.Module, tuple]:
-    return _timm("vit_small_patch14_reg4_dinov2", 0, img_size=56), (twin_images(56, 14),)
+    return timm_vit("vit_small_patch14_reg4_dinov2", 0, img_size=56), (twin_images(56, 14),)
 
 
 def dinov2_of_transformers() -> tuple[nn.Module, tuple]:
@@ -65,7 +66,7 @@ def dinov2_of_transformers() -> tuple[nn.Module, tuple]:
 
 
 def siglip_with_attention_pooling() -> tuple[nn.Module, tuple]:
-    return _timm("vit_base_patch16_siglip_224", 0, img_size=64, num_classes=0), (twin_images(64, 16),)
+    return timm_vit("vit_base_patch16_siglip_224", 0, img_size=64, num_classes=0), (twin_images(64, 16),)
 
 
 class Dense(nn.Module):
@@ -73,7 +74,7 @@ class Dense(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.vit, self.head = _timm("vit_tiny_patch16_224", 1, img_size=64, num_classes=0), nn.Conv2d(192, 5, 3, padding=1)
+        self.vit, self.head = timm_vit("vit_tiny_patch16_224", 1, img_size=64, num_classes=0), nn.Conv2d(192, 5, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.vit.forward_features(x)[:, 1:].transpose(1, 2).reshape(-1, 192, 4, 4))
@@ -85,7 +86,7 @@ def dense_head() -> tuple[nn.Module, tuple]:
 
 def rope_encoder() -> tuple[nn.Module, tuple]:
     """EVA-02: the patches are rotated, the class token is not; its angles are a table."""
-    model = _timm("eva02_tiny_patch14_224", 1, img_size=56)
+    model = timm_vit("eva02_tiny_patch14_224", 1, img_size=56)
     for table in model.rope.buffers():
         if table.dim() == 2:
             pair(table, 0)
@@ -97,7 +98,7 @@ class Taps(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.vit = _timm("vit_tiny_patch16_224", 1, img_size=64)
+        self.vit = timm_vit("vit_tiny_patch16_224", 1, img_size=64)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x, found = self.vit._pos_embed(self.vit.patch_embed(x)), []  # type: ignore[operator]
