@@ -395,7 +395,8 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], said: st
 
 def test_too_many_merged_tokens_are_made_fewer_by_the_agreement_asked_for() -> None:
     loaded = load_model("zoo:digits-vit")
-    free, held = (rw.optimize(loaded, recipe=[TokenMerging(where="in-block", share=0.7, min_agreement=a)], verify=False) for a in (0.0, 0.99))
+    options = {"where": "in-block", "share": 0.7, "require_faster": False}
+    free, held = (rw.optimize(loaded, recipe=[TokenMerging(min_agreement=a, **options)], verify=False) for a in (0.0, 0.99))
     merged = [sum(n.args[1] for n in r.graph.find(ours.token_match.default)) for r in (free, held)]
     assert 0 < merged[1] < merged[0]
     assert any("min_agreement" in note for note in held.graph.notes)

@@ -72,12 +72,13 @@ def siglip_with_attention_pooling() -> tuple[nn.Module, tuple]:
 class Dense(nn.Module):
     """A convolution over the grid of a ViT's tokens: a segmentation head."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 64) -> None:
         super().__init__()
-        self.vit, self.head = timm_vit("vit_tiny_patch16_224", 1, img_size=64, num_classes=0), nn.Conv2d(192, 5, 3, padding=1)
+        self.vit, self.head = timm_vit("vit_tiny_patch16_224", 1, img_size=size, num_classes=0), nn.Conv2d(192, 5, 3, padding=1)
+        self.side = size // 16
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.vit.forward_features(x)[:, 1:].transpose(1, 2).reshape(-1, 192, 4, 4))
+        return self.head(self.vit.forward_features(x)[:, 1:].transpose(1, 2).reshape(-1, 192, self.side, self.side))
 
 
 def dense_head() -> tuple[nn.Module, tuple]:
