@@ -329,10 +329,33 @@ def test_a_dynamic_number_of_tokens_is_refused() -> None:
     assert "the number of tokens is dynamic" in declined(zoo("minilm"), r=2)
 
 
+def test_a_causal_layer_behind_bidirectional_ones_is_refused() -> None:
+    class Layer(nn.Module):
+        def __init__(self, causal: bool) -> None:
+            super().__init__()
+            self.norm, self.qkv, self.out, self.causal = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16), causal
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            return x + self.out(y.transpose(1, 2).flatten(2))
+
+    model = nn.Sequential(Layer(False), Layer(True)).eval()
+    graph = rw.capture(model, (torch.randn(2, 12, 16),), dynamic_shapes={"input": {0: "batch"}})
+    assert declined(graph, r=2).count("is causal") == 2
+
+
 def test_a_bias_between_places_is_refused() -> None:
-    with_bias = rw.capture(_swin().eval(), (torch.randn(2, 3, 32, 32),))
-    why = declined(with_bias, r=2)
-    assert "bias" in why or "not in [batch, tokens, channels]" in why or "needs all tokens" in why
+    from transformers import BeitConfig, BeitModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    model = BeitModel(BeitConfig(image_size=32, patch_size=8, use_relative_position_bias=True, **sizes))
+    assert "adds a bias for every pair of places" in declined(rw.capture(model.eval(), (torch.randn(2, 3, 32, 32),)), r=2)
+
+
+def test_windows_of_an_image_are_refused() -> None:
+    why = declined(rw.capture(_swin().eval(), (torch.randn(2, 3, 32, 32),)), r=2)
+    assert "not in [batch, tokens, channels]" in why
 
 
 def _swin() -> nn.Module:
