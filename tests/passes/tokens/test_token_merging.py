@@ -17,6 +17,7 @@ from rewright.ir.errors import RecipeError
 from rewright.ir.graph import Graph
 from rewright.passes.rewrite import Context
 from rewright.passes.tokens.merge_places import places_of, prefix_of
+from rewright.passes.tokens.merging import Merging
 from rewright.passes.tokens.schedule import TokenFlops, allocated, clamped, ramp, solved
 from rewright.passes.tokens.token_merging import TokenMerging
 from rewright.tools.models import load_model, runner_of
@@ -181,6 +182,14 @@ def test_the_flops_counter_agrees_with_the_formula_before_and_after() -> None:
         assert found == 2 * (attention + sum(16 * n * 192**2 for n in counts[1:]))
 
 
+def test_attention_counts_by_the_square_of_the_tokens() -> None:
+    graph = architecture("vit")[0]
+    merging = Merging(TokenMerging(r=1), graph, Context(), places_of(TokenMerging(r=1), graph, Context()))
+    flops, attention = merging._flops(), [c.cost.flops for c in node_costs(graph) if c.op == "attention"]
+    assert flops.quadratic == [attention[0], attention[1], attention[2], 0]
+    assert flops.flops([0, 0, 0]) == sum(c.cost.flops for c in node_costs(graph))
+
+
 @pytest.mark.parametrize("ratio", [1.25, 1.5, 2.0])
 def test_a_ratio_is_solved_for_and_met(ratio: float) -> None:
     graph = architecture("vit")[0]
@@ -221,7 +230,7 @@ def test_nothing_to_remove_is_the_identity(options: dict[str, Any]) -> None:
     graph = architecture("vit")[0].clone()
     context = Context()
     assert TokenMerging(**options).run(graph, context) is graph
-    assert not context.applied
+    assert not context.matched
 
 
 def test_shapes_follow_the_schedule_at_every_batch() -> None:
