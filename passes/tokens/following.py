@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +89,10 @@ class Following:
         """A new call."""
         return self.graph.insert(target, *args, before=before, like=like, **kwargs)
 
+    def items(self, call: fx.Node, before: fx.Node) -> list[fx.Node]:
+        """The results of a call that has several."""
+        return [self.insert(before, operator.getitem, call, i) for i in range(len(call.meta["val"]))]
+
     def sizes(self, rows: Rows, before: fx.Node) -> fx.Node:
         """float32 [B, rows]: how many each row stands for."""
         assert rows.tokens.sizes is not None
@@ -144,17 +150,7 @@ class Following:
     def is_content(self, node: fx.Node) -> bool:
         """Whether a value depends on what tokens are, not only on where: on a layer with an input behind it."""
         if node not in self._content:
-            self._content[node] = False
-            work, seen = [node], {node}
-            while work:
-                n = work.pop()
-                layer = is_linear(n) or n.target in CONVOLUTIONS or n.target is aten.embedding.default
-                if (layer and _has_input(n)) or (n.op == "placeholder" and n.meta["val"].is_floating_point()):
-                    self._content[node] = True
-                    break
-                new = [m for m in n.all_input_nodes if m not in seen and not is_size(m)]
-                seen.update(new)
-                work += new
+            self._content[node] = any(_sees_content(n) for n in made_of(node, is_size))
         return self._content[node]
 
     # -- back to all tokens -----------------------------------------------------------------------------------------------
@@ -187,17 +183,22 @@ class Following:
         return found
 
 
-def _has_input(node: fx.Node) -> bool:
-    """Whether an input of the program is among what a value is computed from."""
+def made_of(node: fx.Node, without: Callable[[fx.Node], bool] = lambda n: False) -> Iterator[fx.Node]:
+    """A value and all it is computed from, but what is only behind nodes to do without."""
     work, seen = [node], {node}
     while work:
-        n = work.pop()
-        if n.op == "placeholder":
-            return True
-        new = [m for m in n.all_input_nodes if m not in seen]
+        yield (n := work.pop())
+        new = [m for m in n.all_input_nodes if m not in seen and not without(m)]
         seen.update(new)
         work += new
-    return False
+
+
+def _sees_content(node: fx.Node) -> bool:
+    """Whether a node is a layer with an input behind it, or an input of floats."""
+    if node.op == "placeholder":
+        return node.meta["val"].is_floating_point()
+    layer = is_linear(node) or node.target in CONVOLUTIONS or node.target is aten.embedding.default
+    return layer and any(n.op == "placeholder" for n in made_of(node))
 
 
 def static_count(value: fx.Node) -> int | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -190,7 +189,7 @@ class Merging:
                 sizes = None if sizes is None else sweep.insert(before, ours.token_take.default, sizes, keep)
                 return new, Tokens(left - r, self.tokens, self.prefix, numbers, sizes, None, masked)
             merged = sweep.insert(before, ours.token_merge.default, value, keep, source, slot, sizes, options.variant == "tofu", like=value)
-            new, sizes = _items(sweep, merged, 2, before)
+            new, sizes = sweep.items(merged, before)
             places = sweep.insert(before, ours.token_places.default, keep, source, slot, tokens.places if tokens is not None else None)
             return new, Tokens(left - r, self.tokens, self.prefix, numbers, sizes, places, masked, options.proportional)
 
@@ -235,7 +234,7 @@ class Merging:
         options = self.options
         if options.variant == "pitome":
             found = sweep.insert(before, ours.token_match_energy.default, metric, r, self.prefix, options.margin, sizes)
-            return _items(sweep, found, 3, before)
+            return sweep.items(found, before)
         sets: list[fx.Node] = []
         if options.where == "in-block":
             sets = [sweep.graph.add_constant(f"token_{name}_{left}", t, like=metric) for name, t in zip(("candidates", "targets"), self._cells())]
@@ -250,7 +249,7 @@ class Merging:
             kept = torch.ones(len(behind), dtype=torch.bool)
             kept[gone] = False
             sets = [sweep.graph.add_constant(f"token_{name}_{left}", behind[index], like=metric) for name, index in (("candidates", gone), ("targets", kept))]
-        return _items(sweep, sweep.insert(before, ours.token_match.default, metric, r, self.prefix, sizes, *sets), 3, before)
+        return sweep.items(sweep.insert(before, ours.token_match.default, metric, r, self.prefix, sizes, *sets), before)
 
     def _cells(self) -> tuple[Tensor, Tensor]:
         """Candidates and targets of in-block: the first token of each cell is a target. Raises Refused for cells of an image that is no square."""
@@ -289,7 +288,3 @@ class Merging:
         copied = f"; copied back to all in front of {dense}" if dense else ""
         ratio = cost(self.graph).flops / cost(after).flops
         return f"token-merging: {self.tokens} tokens, {self.prefix} of them left alone; {then}; {ratio:.2f} times less FLOPs{copied}"
-
-
-def _items(sweep: Sweep, call: fx.Node, count: int, before: fx.Node) -> list[fx.Node]:
-    return [sweep.insert(before, operator.getitem, call, i) for i in range(count)]

@@ -17,7 +17,7 @@ from ...ir.blocks.vocabulary import CONVOLUTIONS, FUSED_NORMS, LAST_AXIS_NORMS, 
 from ...ir.graph import Graph
 from ...ir.nodes import argument, set_argument
 from .fewer_tokens import Cut, Sweep
-from .following import Refused, Rows, Tokens, static_count
+from .following import Refused, Rows, Tokens, made_of, static_count
 
 aten = torch.ops.aten
 ours = torch.ops.rewright
@@ -189,14 +189,7 @@ def _image(graph: Graph, value: fx.Node, tokens: int) -> Image | str:
 
 def _sees(value: fx.Node) -> bool:
     """Whether a value is made from an image: by a convolution, or given as floats where the text is embedded."""
-    work, seen = [value], {value}
-    for n in work:
-        if n.target in CONVOLUTIONS or (n.op == "placeholder" and n.meta["val"].is_floating_point()):
-            return True
-        new = [m for m in n.all_input_nodes if m not in seen]
-        seen.update(new)
-        work += new
-    return False
+    return any(n.target in CONVOLUTIONS or (n.op == "placeholder" and n.meta["val"].is_floating_point()) for n in made_of(value))
 
 
 def _tokens_of(mask: Any) -> fx.Node:

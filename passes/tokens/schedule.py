@@ -12,6 +12,7 @@ from torch import fx
 from ...ir.cost import node_costs
 from ...ir.graph import Graph
 from .fewer_tokens import Sweep
+from .following import Tokens
 
 _QUADRATIC = ("attention", "multi_head_attention")
 
@@ -52,16 +53,16 @@ class TokenFlops:
     def of(before: Graph, swept: Sweep, tokens: int, cuts: Sequence[str]) -> TokenFlops:
         """From a program and a sweep over a draft of it that cut at these values."""
         found = TokenFlops(tokens, 0.0, [0.0] * (len(cuts) + 1), [0.0] * (len(cuts) + 1))
-        counts: dict[int, int] = {}  # id of Tokens -> stage
+        counts: dict[Tokens, int] = {}  # behind which cut
         stages = {node.name: rows for node, rows in swept.rows.items()}
         first = next(n for n in before.nodes if n.name == cuts[0])
         upstream = _upstream(first, tokens)
         for rows in swept.rows.values():
-            counts.setdefault(id(rows.tokens), len(counts) + 1)
+            counts.setdefault(rows.tokens, len(counts) + 1)
         for cost in node_costs(before):
             flops = cost.cost.flops
             if cost.node in stages:
-                stage = counts[id(stages[cost.node].tokens)]
+                stage = counts[stages[cost.node].tokens]
             elif cost.node in upstream:
                 stage = 0
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -23,9 +22,6 @@ def merged_image(sweep: PromptSweep, value: fx.Node, tokens: PromptTokens, frame
     def insert(target: Any, *args: Any) -> fx.Node:
         return sweep.insert(before, target, *args)
 
-    def first_of(node: fx.Node) -> list[fx.Node]:
-        return [insert(operator.getitem, node, i) for i in range(len(node.meta["val"]))]
-
     image, width = tokens.image, int(value.meta["val"].shape[-1])
     frames, left = image.count // frame, frame
     batch = batch_of(sweep, value, before)
@@ -33,8 +29,8 @@ def merged_image(sweep: PromptSweep, value: fx.Node, tokens: PromptTokens, frame
     numbers = sweep.graph.add_constant("image_tokens.numbers", torch.arange(image.count).reshape(1, frames, frame), like=before)
     places = insert(aten.reshape.default, insert(aten.expand.default, numbers, [batch, -1, -1]), [-1, frame])
     while left * frames > count:
-        keep, source, slot = first_of(insert(ours.token_match.default, now, left // 2))
-        now = first_of(insert(ours.token_merge.default, now, keep, source, slot))[0]
+        keep, source, slot = sweep.items(insert(ours.token_match.default, now, left // 2), before)
+        now = sweep.items(insert(ours.token_merge.default, now, keep, source, slot), before)[0]
         places, left = insert(ours.token_take.default, places, keep), left - left // 2
     chosen = insert(aten.reshape.default, places, [batch, count])
     return chosen_rows(sweep, value, tokens, chosen, insert(aten.reshape.default, now, [batch, count, width]), before), chosen

@@ -213,6 +213,15 @@ def test_nothing_asked_is_nothing_done() -> None:
     assert torch.equal(outcome.graph.run(batches()[0])[0], outcome.original.run(batches()[0])[0])
 
 
+def check_half_of_the_channels_gone(graph: Graph, tmp_path: Path) -> None:
+    """What a random mask leaves gives what the whole gives with the other channels silenced."""
+    masks = random_masks(canonical(graph), 0.5)
+    outcome = narrow(graph, selection="mask", mask=mask_file(masks, tmp_path), refit="none")
+    assert widths(outcome.graph) == [HIDDEN // 2]
+    x = torch.randn(3, 16, WIDTH)
+    torch.testing.assert_close(outcome.graph.run((x,))[0], silenced(canonical(graph), masks).run((x,))[0], rtol=1e-5, atol=1e-5)
+
+
 def test_constants_between_the_projections_lose_their_channels_too(tmp_path: Path) -> None:
     class Scaled(FFN):
         def __init__(self) -> None:
@@ -225,11 +234,7 @@ def test_constants_between_the_projections_lose_their_channels_too(tmp_path: Pat
 
     torch.manual_seed(0)
     graph = make(Scaled())
-    masks = random_masks(canonical(graph), 0.5)
-    outcome = narrow(graph, selection="mask", mask=mask_file(masks, tmp_path), refit="none")
-    assert widths(outcome.graph) == [HIDDEN // 2]
-    x = torch.randn(3, 16, WIDTH)
-    torch.testing.assert_close(outcome.graph.run((x,))[0], silenced(canonical(graph), masks).run((x,))[0], rtol=1e-5, atol=1e-5)
+    check_half_of_the_channels_gone(graph, tmp_path)
 
 
 @pytest.mark.parametrize("last", [True, False])
@@ -248,11 +253,7 @@ def test_a_batch_norm_between_the_projections_loses_its_channels_too(last: bool,
 
     torch.manual_seed(0)
     graph = make(Normed())
-    masks = random_masks(canonical(graph), 0.5)
-    outcome = narrow(graph, selection="mask", mask=mask_file(masks, tmp_path), refit="none")
-    assert widths(outcome.graph) == [HIDDEN // 2]
-    x = torch.randn(3, 16, WIDTH)
-    torch.testing.assert_close(outcome.graph.run((x,))[0], silenced(canonical(graph), masks).run((x,))[0], rtol=1e-5, atol=1e-5)
+    check_half_of_the_channels_gone(graph, tmp_path)
 
 
 def test_constants_of_a_fused_projection_lose_their_channels_in_both_halves(tmp_path: Path) -> None:
