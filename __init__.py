@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import passes as passes
+    from .ir.energy import energy as energy
     from .ir.errors import CaptureError as CaptureError
     from .ir.errors import InputFileError as InputFileError
     from .ir.errors import PromiseBroken as PromiseBroken
@@ -39,6 +40,7 @@ PUBLIC = {
     "optimize": "tools.optimize:optimize",
     "load": "tools.optimize:load",
     "cost": "tools.optimize:cost",
+    "energy": "ir.energy:energy",
     "evaluate": "tools.evaluate:evaluate",
     "finetune": "tools.finetune:finetune",
     "calibration": "tools.calibration:calibration",

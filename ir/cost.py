@@ -58,22 +58,22 @@ def op_name(node: fx.Node) -> str:
 
 def node_costs(graph: Graph, sizes: Mapping[str, int] | None = None) -> Iterator[NodeCost]:
     """The cost of every call in order. `sizes`: dim name -> size, default the example's."""
-    size = _sizer(graph, sizes)
+    size = sizer(graph, sizes)
     for node in graph.nodes:
         results = list(_tensors(node.meta.get("val")))
         name = op_name(node)
         if not results or name in VIEWS:
             continue
-        written = sum(_numel(t, size) * t.element_size() for t in results)
-        read = sum(_numel(t, size) * t.element_size() for n in node.all_input_nodes for t in _tensors(n.meta.get("val")))
+        written = sum(numel(t, size) * t.element_size() for t in results)
+        read = sum(numel(t, size) * t.element_size() for n in node.all_input_nodes for t in _tensors(n.meta.get("val")))
         if name.startswith("embedding"):  # reads the rows it returns, not the tables
             given = arguments(node)
             ids = given["ids" if "ids" in given else "indices"]
             tables = [t.meta["val"] for t in node.all_input_nodes if t is not ids]
-            rows = sum(_numel(t, size) // size(t.shape[0]) * t.element_size() for t in tables)
-            read = _numel(ids.meta["val"], size) * (rows + ids.meta["val"].element_size())
+            rows = sum(numel(t, size) // size(t.shape[0]) * t.element_size() for t in tables)
+            read = numel(ids.meta["val"], size) * (rows + ids.meta["val"].element_size())
         weights = sum(graph.weight(n).nbytes for n in node.all_input_nodes if graph.is_weight(n))
-        dtype = _ARITHMETIC.get(name, results[0].dtype)
+        dtype = torch.int8 if arguments(node).get("activations", "none") != "none" else _ARITHMETIC.get(name, results[0].dtype)
         found = Cost(read + written, _flops(node, name, results, size), _LAUNCHES.get(name, 1))
         yield NodeCost(node.name, name, node.meta.get("path", ""), dtype, found, weights)
 
@@ -84,14 +84,20 @@ def cost(graph: Graph, sizes: Mapping[str, int] | None = None) -> Cost:
 
 
 def _flops(node: fx.Node, name: str, results: list[Tensor], size: Any) -> int:
-    out = _numel(results[0], size)
+    out = numel(results[0], size)
     operands = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
     match name:
-        case "linear" | "linear_nbits" | "linear_int8_dynamic" | "linear_int8_static" | "linear_token" | "linear_fp8":
+        case "linear" | "linear_nbits" | "linear_int8_dynamic" | "linear_int8_static" | "linear_token" | "linear_fp8" | "ternary_linear":
             return 2 * out * size(operands[0].shape[-1])
+        case "shift_linear" | "shift_linear_q" | "shift_linear_ps":  # of float activations: its terms are added up first
+            terms = 1 if arguments(node)["activations"] == "none" else terms_of(node)
+            return 2 * out * size(operands[0].shape[-1]) * terms
+        case "shift_add_attention":
+            q, conv = (arguments(node)[n].meta["val"] for n in ("q", "conv"))
+            return out * (4 * size(q.shape[-1]) + 2 * size(conv.shape[-1]) + 8)
         case "block_dense_linear" | "block_shuffle_linear":
             x, first, second = operands[:3]
-            return 2 * _numel(x, size) // size(x.shape[-1]) * (first.numel() + second.numel())
+            return 2 * numel(x, size) // size(x.shape[-1]) * (first.numel() + second.numel())
         case "mm" | "bmm" | "matmul":
             return 2 * out * size(operands[0].shape[-1])
         case "addmm" | "baddbmm":
@@ -101,9 +107,9 @@ def _flops(node: fx.Node, name: str, results: list[Tensor], size: Any) -> int:
         case "attention" | "scaled_dot_product_attention" | "multi_head_attention":
             q, k, v = (arguments(node)[n].meta["val"] for n in _QKV[name])
             return (
-                2 * _numel(q, size) * size(k.shape[-2]) + 2 * _numel(q, size) // size(q.shape[-1]) * size(k.shape[-2]) * size(v.shape[-1])
+                2 * numel(q, size) * size(k.shape[-2]) + 2 * numel(q, size) // size(q.shape[-1]) * size(k.shape[-2]) * size(v.shape[-1])
                 if q.dim() == 4
-                else 4 * _numel(q, size) * size(k.shape[-2])
+                else 4 * numel(q, size) * size(k.shape[-2])
             )
         case "token_match" | "token_match_energy":
             a = arguments(node)
@@ -113,6 +119,12 @@ def _flops(node: fx.Node, name: str, results: list[Tensor], size: Any) -> int:
         case "softmax" | "_softmax" | "layer_norm" | "add_layer_norm" | "rms_norm" | "add_rms_norm" | "group_norm" | "gelu":
             return 8 * out
     return out if results[0].is_floating_point() else 0
+
+
+def terms_of(node: fx.Node) -> int:
+    """Power-of-two terms of shift_linear or one of its trained forms."""
+    given = arguments(node)
+    return int(given["scale" if "scale" in given else "largest"].meta["val"].shape[0])
 
 
 def _candidates(a: Mapping[str, Any], n: int, size: Any) -> int:
@@ -129,13 +141,25 @@ _ARITHMETIC = {
 }
 """Dtype of the product where it is not the result's."""
 
-_LAUNCHES = {"token_match": 20, "token_match_energy": 30, "token_merge": 15, "token_places": 6, "token_take": 4}
+_LAUNCHES = {
+    "feature_map": 3,
+    "hybrid_attention": 30,
+    "linear_attention": 6,
+    "linear_attention_step": 10,
+    "shift_add_attention": 14,
+    "token_match": 20,
+    "token_match_energy": 30,
+    "token_merge": 15,
+    "token_places": 6,
+    "token_take": 4,
+}
 """Calls that ops of ours take in every backend we have, where they are several."""
 
 _QKV = {"attention": ("q", "k", "v"), "multi_head_attention": ("q", "k", "v"), "scaled_dot_product_attention": ("query", "key", "value")}
 
 
-def _sizer(graph: Graph, sizes: Mapping[str, int] | None) -> Any:
+def sizer(graph: Graph, sizes: Mapping[str, int] | None) -> Any:
+    """What makes an int of a size that may be symbolic, at these sizes."""
     if not sizes:
         return graph.size
     values = {graph.symbols[name].node.expr: n for name, n in sizes.items()}
@@ -149,7 +173,8 @@ def _sizer(graph: Graph, sizes: Mapping[str, int] | None) -> Any:
     return size
 
 
-def _numel(tensor: Tensor, size: Any) -> int:
+def numel(tensor: Tensor, size: Any) -> int:
+    """The number of a tensor's values, at the sizes of a `sizer`."""
     return math.prod(size(s) for s in tensor.shape)
 
 

@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 FP8_MAX = 448.0  # largest finite value of float8 E4M3
+POWERS = 7  # powers of two a term of "pot" has: 1 to 64
 
 
 @dataclass(frozen=True)
 class Format:
     """How a tensor is stored or seen by a quantized product.
 
-    kind: "int" (uniform steps) or "fp8" (float8 E4M3).
+    kind: "int" (uniform steps), "fp8" (float8 E4M3) or "pot" (powers of two, ir.pot: a term every 4 bits, each with a scale).
     per: what shares a scale: the whole tensor, a row (the last axis: an output channel's weights, a token's activations),
     or `group_size` neighbours of a row.
     symmetric: codes -(2^(bits-1) - 1) .. 2^(bits-1) - 1 around 0, else 0 .. 2^bits - 1 with a zero point; 0 stays 0 exactly in both.
     """
 
-    kind: Literal["int", "fp8"]
+    kind: Literal["int", "fp8", "pot"]
     bits: int
     per: Literal["tensor", "row", "group"]
     symmetric: bool = True
@@ -34,7 +35,9 @@ class Format:
 
     @property
     def high(self) -> int:
-        """The largest code."""
+        """The largest code, or for "pot" the largest of a term."""
+        if self.kind == "pot":
+            return 2 ** (POWERS - 1)
         return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
 
@@ -46,6 +49,8 @@ WEIGHTS = {
     "int8-group": Format("int", 8, "group", symmetric=False),
     "int4-group": Format("int", 4, "group", symmetric=False),
     "fp8-channel": Format("fp8", 8, "row"),
+    "pot4-channel": Format("pot", 4, "row"),
+    "pot8-channel": Format("pot", 8, "row"),
 }
 # "-dynamic": one range for the whole tensor, found as it comes; "-static": one fixed by calibration; "-token": one a row, as it comes
 ACTIVATIONS = {
@@ -114,9 +119,33 @@ def fake_quantize(x: Tensor, form: Format | None, group_size: int = 128, on: Gri
     """x as its format keeps it: quantized and made float again. None keeps it as it is; `on` replaces the grid over its range."""
     if form is None:
         return x
+    if form.kind == "pot":
+        return _powers(x, form.bits // 4)
     parts = grouped(x, form, group_size)
     on = on or grid(parts.detach(), form)
     return ungrouped(values(codes(parts, on, form), on), form, x.shape[-1])
+
+
+def _powers(x: Tensor, terms: int) -> Tensor:
+    """x [..., d] as so many power-of-two terms keep it, each with a scale a row that reaches the largest value."""
+    found = torch.zeros_like(x)
+    for _ in range(terms):
+        rest = (x - found).detach()
+        on = grid(rest, Format("pot", 4, "row"))
+        found = found + nearest_power(rest / on.scale) * on.scale
+    return straight_through(x, lambda _: found)
+
+
+def nearest_power(x: Tensor, levels: int = POWERS) -> Tensor:
+    """0 or the +-1, 2, 4 ... 2^(levels-1) nearest to each value, as floats; half way between two the larger.
+
+    Nearest in the linear domain: 3, not sqrt(8), divides 2 from 4, which loses less than rounding the logarithm (specs/quant_shiftadd.md 4.1).
+    """
+    size = x.abs()
+    code = (size >= 0.5).to(x.dtype)
+    for i in range(levels - 1):
+        code = code.add(size >= 1.5 * 2**i, alpha=2**i)
+    return code * x.sign()
 
 
 def straight_through(x: Tensor, rounding: Callable[[Tensor], Any]) -> Tensor:

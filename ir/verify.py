@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .cost import op_name
 from .errors import PromiseBroken
 from .graph import Graph
 from .nodes import same_shape
@@ -256,6 +257,31 @@ def first_divergence(a: Graph, b: Graph, flat: tuple[Tensor, ...], limit: float)
     return None
 
 
+def local_error(a: Graph, b: Graph, flat: tuple[Tensor, ...]) -> float:
+    """The largest relative error of a value of `b` that `a` computes too, or of an output, each computed from `a`'s own values.
+
+    What tells a wrong rewrite from a right one in a program that rounds: there a last-place difference turns a tie into a whole step,
+    and later layers multiply it (`rounding_sensitivity`), so that the outputs of two correct versions lie far apart.
+    """
+    mine, guided = _Trace(a.module), _Guided(b.module)
+    expected = mine.run(*flat, enable_io_processing=False)
+    guided.given = mine.values
+    found = guided.run(*flat, enable_io_processing=False)
+    return max([*guided.errors, drift(expected, found).relative_error])
+
+
+STEPS = (
+    "round", "linear_fp8", "linear_int8_dynamic", "linear_int8_static", "linear_token",
+    "shift_linear", "shift_linear_ps", "shift_linear_q", "ternary_linear",
+)  # fmt: skip
+"""Ops that round activations."""
+
+
+def has_steps(graph: Graph) -> bool:
+    """Whether the program rounds activations, so that a last-place difference may become a step."""
+    return any(op_name(n) in STEPS for n in graph.nodes)
+
+
 def _new_before(node: fx.Node, known: Container[str]) -> Iterator[fx.Node]:
     """The calls a value is computed from, nearest first, as far back as the next ones of known names."""
     work, seen = [node], {node}
@@ -279,6 +305,25 @@ class _Trace(fx.Interpreter):
         if isinstance(value, Tensor) and n.op == "call_function":
             self.values[n.name], self.nodes[n.name] = value, n
         return value
+
+
+class _Guided(fx.Interpreter):
+    """Goes on with the given values in the place of its own, and keeps their errors."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.given: dict[str, Tensor] = {}
+        self.errors: list[float] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        with torch.no_grad():
+            value = super().run_node(n)
+        twin = self.given.get(n.name)
+        if twin is None or not isinstance(value, Tensor) or value.shape != twin.shape or value.dtype != twin.dtype:
+            return value
+        if value.is_floating_point():
+            self.errors.append(_tensor_drift(twin, value).relative_error)
+        return twin
 
 
 def example_inputs(graph: Graph, base: tuple[Tensor, ...], seed: int = 0) -> Iterator[tuple[Tensor, ...]]:

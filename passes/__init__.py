@@ -38,9 +38,14 @@ PASSES = {
     "ffn-width": "factorization.ffn_width:FFNWidth",
     "low-rank": "factorization.low_rank:LowRank",
     "block-structured": "factorization.block_structured:BlockStructured",
+    "shift-add-attention": "shiftadd.shift_add_attention:ShiftAddAttention",
+    "finetune": "training.finetune:Finetune",
+    "ternary-import": "shiftadd.ternary_import:TernaryImport",
     "token-merging": "tokens.token_merging:TokenMerging",
     "visual-token-pruning": "tokens.visual_token_pruning:VisualTokenPruning",
     "quantize-embedding": "quantization.quantize_embedding:QuantizeEmbedding",
+    "shift-linear": "shiftadd.shift_linear:ShiftLinear",
+    "freeze-shift": "shiftadd.freeze_shift:FreezeShift",
     "quantize-linear": "quantization.quantize_linear:QuantizeLinear",
 }
 

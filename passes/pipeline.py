@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..ir.cost import Cost, cost
+from ..ir.energy import energy, total
 from ..ir.errors import PromiseBroken, RewrightError, UsageError
 from ..ir.graph import Flat, Graph
-from ..ir.verify import Drift, check_structure, compare, example_inputs, first_divergence, padding_mask, shorter_outputs, tolerance
+from ..ir.verify import Drift, check_structure, compare, example_inputs, first_divergence, has_steps, local_error, padding_mask, shorter_outputs, tolerance
 from .cleanup import CANONICAL
-from .rewrite import Context, Declined, Pass
+from .rewrite import Context, Declined, Pass, Recovered
 from .statistics import Calibration, Statistics
 
 
@@ -58,10 +60,10 @@ class Record:
     applied: int = 0
     declined: list[Declined] = field(default_factory=list)
     predicted: dict[str, float] = field(default_factory=dict)
-    """Change of bytes, flops, launches, weight_bytes (and seconds on the target), after minus before."""
+    """Change of bytes, flops, launches, weight_bytes, modelled_energy_uj (ir.energy: never measured; and seconds on the target), after minus before."""
     measured: dict[str, Any] = field(default_factory=dict)
-    """Against the captured original: see ir.verify.Drift; `step_error` of an exact pass is against the program before it;
-    metric and latency_ms when asked."""
+    """Against the captured original: see ir.verify.Drift; `step_error` of an exact pass is against the program before it, `local_error`
+    is its largest for a value given those before it (ir.verify.local_error), where ties made step_error large; metric and latency_ms when asked."""
     seconds: float = 0.0
     undone: str | None = None
     """Why the pass was taken back, with the layer; None if it stands."""
@@ -69,6 +71,8 @@ class Record:
     """Module path of every application."""
     canonical: bool = False
     """Part of the canonical form every graph is brought to first."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the pass found on its way, as plain data: of `finetune` its curve and conditions (tools.finetuned.Finetuned.as_dict)."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -102,6 +106,11 @@ class Pipeline:
     latency: milliseconds of a graph, measured; recorded after every pass that changed something.
     calibration: inputs for the passes that require statistics. Those are gathered for all passes to come in one run, and
       again for values that a pass in between has changed.
+    finetune: what passes that train (`Pass.trains`) train by; None with verify=False is a dry run, which does not train.
+
+    Passes up to one that trains are a stage: what a lossy one of them costs is measured at once, but judged against the budget only behind the
+    training (the last one, of several in a row). If the budget is broken then, all from the first lossy pass that changed something to
+    the training are undone, and their records say so: no layer is left out alone, for each trial would be a training run.
     """
 
     passes: Sequence[Pass]
@@ -115,6 +124,7 @@ class Pipeline:
     latency: Callable[[Graph], float] | None = None
     metric: Callable[[torch.nn.Module], float] | None = None
     calibration: Calibration | None = None
+    finetune: Callable[[Graph, Mapping[str, Any]], Recovered] | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
     def run(self, graph: Graph, inputs: Sequence[Flat] = ()) -> Outcome:
@@ -123,7 +133,8 @@ class Pipeline:
         inputs: flat inputs to verify on; the first also at batch 1 and other sizes. Without any, or with weights on the
         meta device, only structure is verified and every record says so.
         Raises PromiseBroken when a required pass matches nothing; a broken promise is undone and recorded, not raised.
-        Raises UsageError when a pass needs statistics and there is no calibration.
+        Raises UsageError when a pass needs statistics and there is no calibration, or trains and there is nothing to train by;
+        also whatever `finetune` raises.
         """
         with _old_objects_kept():
             return self._run(graph, inputs)
@@ -136,9 +147,11 @@ class Pipeline:
             kinds = ", ".join(sorted(needy.requires))
             give = "--calibration FILE on the command line, calibration=batches in rewright.optimize, calibration=Calibration(batches) in a Pipeline"
             raise UsageError(f"{needy.name} needs statistics ({kinds}) and there is no calibration data; give some: {give}")
+        if self.finetune is None and self.verify and (trainer := next((p for p, _ in steps if p.trains), None)):
+            raise UsageError(f"{trainer.name} needs the original and data to learn from: rewright.optimize hands it both, Pipeline takes finetune=")
         for i, (step, canonical) in enumerate(steps):
             self.progress(step.name, i, len(steps))
-            run.step(step, canonical, [p for p, _ in steps[i:] if p.requires])
+            run.step(step, canonical, [p for p, _ in steps[i + 1 :]])
         self.progress("done", len(steps), len(steps))
         total = compare(run.reference, run.graph.run, run.inputs, run.valid, shorter_outputs(run.original, run.graph)) if run.inputs else None
         run.graph.canonical = True
@@ -161,29 +174,34 @@ class _Run:
         self.measured = Drift(inputs=len(self.inputs)).as_dict() if self.inputs else {"note": unmeasured}
         self.records: list[Record] = []
         self.metric = pipeline.metric(self.original.module) if pipeline.metric and runnable else None
+        self.stage: _Stage | None = None
 
     def reference(self, flat: Flat) -> tuple:
         return self.references[id(flat)]
 
-    def step(self, step: Pass, canonical: bool, need_statistics: Sequence[Pass] = ()) -> None:
-        """Run one pass. need_statistics: it and those to come, as far as they need any: one run of the program serves all."""
+    def step(self, step: Pass, canonical: bool, later: Sequence[Pass] = ()) -> None:
+        """Run one pass. later: those to come; one run of the program gathers the statistics of all up to one that trains."""
         record = Record(step.name, options_of(step), step.exact, canonical=canonical)
         self.records.append(record)
         before, begin = self.graph, time.perf_counter()
+        self.trained_later = any(p.trains for p in later)
+        self.judged_later = self.trained_later if not step.trains else bool(later) and later[0].trains
         if step.requires:
-            self._gather(need_statistics)
+            self._gather([p for p in (step, *itertools.takewhile(lambda p: not p.trains, later)) if p.requires])
         after, context = self._attempt(step, record, self.pipeline.ignore)
         if after is before:
-            record.measured = {k: v for k, v in self.measured.items() if k != "step_error"}
+            record.measured = {k: v for k, v in self.measured.items() if k not in ("step_error", "local_error")}
         elif after is not None:
             trouble = self._promise_broken(step, before, after, record)
-            if trouble and not step.exact:
+            if trouble and not step.exact and not step.trains:
                 after, context, trouble = self._shrink(step, before, context, record, trouble)
             if trouble:
                 record.undone = trouble
         if record.undone is None and after is not None:
             self.graph = after
             if after is not before:
+                if self.stage is None and self.judged_later and not step.exact:
+                    self.stage = _Stage(before, self.fingerprint, self.measured, self.outputs, len(self.records) - 1)
                 self.fingerprint = _fingerprint(after)
                 record.predicted = _difference(before, after, self.pipeline.predict)
                 self.measured = dict(record.measured)
@@ -191,11 +209,24 @@ class _Run:
                     self.outputs = self._new_outputs
         record.matched, record.applied = context.matched, 0 if record.undone else len(context.applied)
         record.declined, record.layers = context.declined, [] if record.undone else context.applied
+        record.details = context.details
+        if step.trains and not self.judged_later:
+            self._end_stage(record)
         record.seconds = time.perf_counter() - begin
         if self.pipeline.latency is not None and self.graph is not before and not canonical:
             record.measured["latency_ms"] = self.pipeline.latency(self.graph)
-        if step.name in self.pipeline.require_match and not record.applied and not record.undone:
+        if step.name in self.pipeline.require_match and not record.applied and not record.undone and not step.trains:
             raise PromiseBroken(_nothing_matched(step, context))
+
+    def _end_stage(self, trained: Record) -> None:
+        """Behind the training a stage stands or falls as a whole."""
+        stage, self.stage = self.stage, None
+        if stage is None or trained.undone is None:
+            return
+        self.graph, self.fingerprint, self.measured, self.outputs = stage.before, stage.fingerprint, stage.measured, stage.outputs
+        for record in self.records[stage.first : -1]:
+            if record.applied:
+                record.undone, record.applied, record.layers = f"undone with its stage, behind {trained.name}: {trained.undone}", 0, []
 
     def _gather(self, need_statistics: Sequence[Pass]) -> None:
         assert self.pipeline.calibration is not None  # run() checked it
@@ -205,13 +236,16 @@ class _Run:
         """Run a pass on a clone; one that raises or leaves a malformed graph is undone, one that changed nothing gives the graph back."""
         p = self.pipeline
         context = Context(p.target, p.predict, p.seed, ignore, statistics=self.statistics if step.requires else None, calibration=p.calibration)
+        context.trained_later, context.finetune = self.trained_later, p.finetune
         try:
             after = step.run(self.graph.draft(), context)
-            if _fingerprint(after) == self.fingerprint:
+            if _fingerprint(after) == self.fingerprint and not (step.trains and p.finetune):  # training changes no call, and is judged in any case
                 return self.graph, context
             after.clean()
             check_structure(after, self.graph, step.shortens_outputs)
         except RewrightError as error:
+            if step.trains:  # no data, a checkpoint of another run: the user's to put right, and the stages so far are kept
+                raise
             record.undone = str(error)
             return None, context
         except Exception as error:  # a bug in the pass must not cost the user the model
@@ -237,11 +271,14 @@ class _Run:
             record.measured["metric_before"] = self.metric
             metric_drop = self.metric - record.measured["metric"]
         if not step.exact:
-            return self.pipeline.budget.why_not(from_original, metric_drop)
+            return None if self.judged_later else self.pipeline.budget.why_not(from_original, metric_drop)
         here = compare(lambda flat: self.outputs[id(flat)], lambda flat: self._new_outputs[id(flat)], self.inputs, self.valid)
         record.measured["step_error"] = 0.0 if here.bit_equal else here.relative_error
         limit = tolerance(before)
         if here.relative_error <= limit:
+            return None
+        if has_steps(before) and (local := max(local_error(before, after, flat) for flat in self.inputs)) <= limit:
+            record.measured["local_error"] = local  # ties of its roundings fell to the other side, and later layers multiplied that
             return None
         return f"promised exact, but the outputs moved by {here.relative_error:.2g} (relative; allowed {limit:.2g}){self._blame(before, after, limit)}"
 
@@ -294,6 +331,18 @@ class _Run:
         return 1 - found.cosine + found.relative_error * 1e-3
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """The state of a run before the first lossy pass whose cost is judged behind a training."""
+
+    before: Graph
+    fingerprint: list[tuple[str, Any, str, str]]
+    measured: dict[str, Any]
+    outputs: dict[int, tuple]
+    first: int
+    """Which record that pass has."""
+
+
 def _run_all(graph: Graph, inputs: Sequence[Flat]) -> list[tuple]:
     """Outputs for all inputs. Raises PromiseBroken when the graph is well formed and fails all the same."""
     try:
@@ -326,6 +375,7 @@ def options_of(step: Pass) -> dict[str, Any]:
 def _difference(before: Graph, after: Graph, predict: Callable[[Graph], float] | None) -> dict[str, float]:
     change: Cost = cost(after) - cost(before)
     found: dict[str, float] = {**dataclasses.asdict(change), "weight_bytes": after.weight_bytes() - before.weight_bytes()}
+    found["modelled_energy_uj"] = (total(energy(after)).total - total(energy(before)).total) / 1e6
     if predict is not None:
         found["seconds"] = predict(after) - predict(before)
     return found

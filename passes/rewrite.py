@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -30,6 +30,21 @@ class Declined:
     why: str
 
 
+@dataclass(frozen=True)
+class Recovered:
+    """A graph behind a training run."""
+
+    graph: Graph
+    sentence: str
+    """What came back and how long it took."""
+    trained: int = 0
+    """How many weights (tensors) were."""
+    better: tuple[str, ...] = ()
+    """Their names; none where no weights were better than the first, which the graph then has."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """The curve and its conditions, as plain data."""
+
+
 @dataclass
 class Context:
     """What a pass may know besides the graph, and the log it fills. Made by the pipeline, one a pass."""
@@ -50,10 +65,16 @@ class Context:
     """What the pass requires, of the graph it is given."""
     calibration: Calibration | None = None
     """The calibration inputs (`batches`), and `gather` for statistics of a graph the pass is in the middle of editing."""
+    trained_later: bool = False
+    """Whether a pass to come trains the program, so that its loss may come back."""
+    finetune: Callable[[Graph, Mapping[str, Any]], Recovered] | None = None
+    """Trains a graph to give what the original gives; options by name. None in a dry run, which does not train."""
     applied: list[str] = field(default_factory=list)
     """Module path of every application, in order."""
     declined: list[Declined] = field(default_factory=list)
     matched: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+    """What a pass found on its way, as plain data: the curve of a training run."""
 
     def apply(self, node: fx.Node) -> None:
         """Log one match that was rewritten."""
@@ -99,6 +120,8 @@ class Pass:
     """True promises the same function: bit-equal, or within the fp tolerance of ir.verify."""
     shortens_outputs: ClassVar[bool] = False
     """True: outputs may have fewer rows than before (cached keys and values of dropped tokens); those are not compared with the original's."""
+    trains: ClassVar[bool] = False
+    """True: it trains the program's weights by `context.finetune`; what passes before it lost may come back (see Pipeline)."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """Kinds of statistics (passes.statistics.KINDS) the pass reads from `context.statistics`."""
 

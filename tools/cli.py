@@ -53,14 +53,23 @@ def optimize(
 ) -> None:
     """Rewrite MODEL by a recipe or passes, verify every step, write the result."""
     from . import present
+    from .finetune import checkpoint_of
     from .optimize import optimize as run
+    from .stages import checkpoints, remove_checkpoints
 
-    plan = _recipe(recipe, passes, settings)
+    plan, checkpoint = _recipe(recipe, passes, settings), None
     if out is not None:
         _check_out(out)
+        if any(p.trains for p in plan.passes):
+            checkpoint = checkpoint_of(out)
+            for there in checkpoints(checkpoint):
+                print(f"going on from {there}", file=sys.stderr)
     with present.progress() as bar:
-        result = run(_load(model, inputs, calibration, tokenizer), recipe=plan, target=target, verify=verify, ignore=ignore or (), progress=bar)
+        given: dict[str, Any] = {"recipe": plan, "target": target, "verify": verify, "ignore": ignore or (), "checkpoint": checkpoint}
+        result = run(_load(model, inputs, calibration, tokenizer), progress=bar, **given)
         written = _write(result, out, profile, opset) if out is not None else None
+    if checkpoint is not None:
+        remove_checkpoints(checkpoint)
     payload = {
         "model": model,
         "target": target or plan.target,
@@ -94,7 +103,7 @@ def plan(
 
     chosen = _recipe(recipe, passes, settings)
     with present.progress() as bar:
-        result = run(_load(model, inputs, calibration, tokenizer), recipe=chosen, target=target, verify=False, progress=bar)
+        result = run(_load(model, inputs, calibration, tokenizer), recipe=chosen, target=target, verify=False, train=False, progress=bar)
     _print(present.plan_payload(result, target or chosen.target), as_json, lambda: present.plan(result, target or chosen.target))
 
 
@@ -252,12 +261,25 @@ def bench(
 
 
 @app.command()
-def cost(model: Model, target: TargetName = "cpu", inputs: Inputs = None, most: int = 15, as_json: Json = False) -> None:
+def cost(
+    model: Model,
+    target: TargetName = "cpu",
+    inputs: Inputs = None,
+    most: int = 15,
+    energy: Annotated[bool, typer.Option("--energy", help="Modelled energy instead of time: picojoules on an ASIC, from a published table.")] = False,
+    as_json: Json = False,
+) -> None:
     """Bytes, FLOPs and predicted time of every call on a target, the dearest first. No device is needed."""
     from . import present
     from .optimize import cost as run
 
-    rows = run(_canonical(model, inputs), target or "cpu")
+    graph = _canonical(model, inputs)
+    if energy:
+        from ..ir.energy import energy as modelled
+
+        calls = modelled(graph)
+        return _print(present.energy_payload(calls), as_json, lambda: present.energies(calls, most))
+    rows = run(graph, target or "cpu")
     _print(present.cost_payload(rows, target or "cpu"), as_json, lambda: present.costs(rows, target or "cpu", most))
 
 
@@ -277,7 +299,7 @@ def bisect(
     from .optimize import bisect as run
     from .optimize import optimize as rewrite
 
-    result = rewrite(_load(model, inputs, calibration, tokenizer), recipe=_recipe(recipe, passes, settings), verify=False)
+    result = rewrite(_load(model, inputs, calibration, tokenizer), recipe=_recipe(recipe, passes, settings), verify=False, train=False)
     found = run(result, limit)
     payload = {"culprit": None if found is None else vars(found)}
     _print(payload, as_json, lambda: print(found or "the end result is within the limit; no pass is at fault"))

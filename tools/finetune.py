@@ -21,7 +21,7 @@ from .calibration import calibration
 from .distillation import Distillation, LossName, Term, alike, hidden_terms, output_terms, outputs
 from .finetuned import DRIFT, Finetuned, Metric
 from .models import Loaded, as_flat, runner_of
-from .optimize import Progress, Result, load, loaded_from, silent
+from .optimize import Progress, Result, batches_of, load, loaded_from, silent
 from .trainable import choose, with_own_weights
 from .training import Trained, Training, train
 from .zoo import drawn
@@ -57,7 +57,7 @@ def finetune(
 
     student: a Result, the folder of a saved one, or a graph. teacher: the original, as `optimize` takes it.
     batches: as `optimize(calibration=...)` takes them; the last quarter is held out. Without any: the training data of a zoo
-      model.
+      model, or what a Loaded model brings.
     steps, minutes: the end, whichever comes first; 10 minutes without either. With steps alone the same seed gives the same
       weights, also to a run that was stopped and went on from its `checkpoint` (a file; the caller removes it).
     rate: peak of the learning rate, reached in `warm_up` steps; over the last `decay` of the run it falls to nothing.
@@ -159,8 +159,8 @@ class _Data:
 
 
 def _data(original: Loaded, graph: Graph, given: Iterable[Any] | str | Path, seed: int) -> _Data:
-    flats = [as_flat(graph, b) for b in calibration(given)]
     zoo = original.zoo
+    flats = batches_of(original, given) if zoo is None else [as_flat(graph, b) for b in calibration(given)]
     if not flats and zoo is not None:
         held_out = [as_flat(graph, b) for b in zoo.validation()]
         zoo.training_batch(0, seed)  # reads its texts now, which is no part of the run's time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -129,6 +130,8 @@ def optimize(
     verify: bool = True,
     ignore: Sequence[str] = (),
     latency: Callable[[Graph], float] | None = None,
+    checkpoint: str | Path | None = None,
+    train: bool = True,
     progress: Progress = silent,
 ) -> Result:
     """Rewrite a model by a recipe, every pass verified.
@@ -138,14 +141,23 @@ def optimize(
     `calibration` for what else); statistics are gathered on the first three quarters, lossy passes judged on the last. target: overrides the recipe's.
     metric: module -> number, higher is better (a zoo model has its own, on its calibration data).
     ignore: module paths no lossy pass touches. latency: graph -> milliseconds, recorded after every pass that changed something.
-    Raises RecipeError, InputFileError, CaptureError, PromiseBroken (a required pass matched nothing).
+    checkpoint: the n-th `finetune` of the recipe keeps a file `checkpoint-n`, from which the same call goes on, also when the process was
+    killed; the caller removes them (tools.stages.remove_checkpoints). train: False leaves such passes out.
+    Raises RecipeError, InputFileError, CaptureError, PromiseBroken (a required pass matched nothing), UsageError (no data to train on).
+    Raises Interrupted for a Ctrl-C that leaves a checkpoint.
     """
     plan = as_recipe(recipe)
     loaded = loaded_from(model, example_inputs)
+    calibration = calibration if isinstance(calibration, str | Path) else list(calibration)
     batches = batches_of(loaded, calibration)
     held = max(1, len(batches) // 4) if batches else 0
     fit, held_out = batches[: len(batches) - held] or batches, batches[len(batches) - held :]
     machine = Target.load(target or plan.target)
+    stages = None
+    if train and any(p.trains for p in plan.passes):
+        from .stages import Stages
+
+        stages = Stages(loaded, calibration, metric, checkpoint, progress)
     if plan.budget.max_metric_drop is not None and metric is None and (metric := own_metric(loaded)) is None:
         raise UsageError("the budget max_metric_drop needs metric=, a function of the module (higher is better): only zoo models have one of their own")
     statistics = Calibration(fit, progress=progress) if fit else None
@@ -160,15 +172,17 @@ def optimize(
         latency=latency,
         metric=metric,
         calibration=statistics,
+        finetune=stages,
         progress=progress,
     )
     inputs = [*loaded.inputs[:1], *held_out[:4]]
-    return Result(pipeline.run(loaded.graph, inputs), plan, inputs, loaded.name, statistics)
+    with stages.interruptible() if stages is not None else contextlib.nullcontext():
+        return Result(pipeline.run(loaded.graph, inputs), plan, inputs, loaded.name, statistics)
 
 
 def plan(model: Any, example_inputs: Any = None, recipe: Any = "encoder-int8", target: str | None = None) -> Result:
     """A dry run: what would match, be applied and declined, and what it is predicted to buy. Nothing is measured or written."""
-    return optimize(model, example_inputs, recipe, target=target, verify=False)
+    return optimize(model, example_inputs, recipe, target=target, verify=False, train=False)
 
 
 def as_recipe(recipe: str | Path | Recipe | Sequence[Pass]) -> Recipe:
@@ -257,6 +271,8 @@ def bisect(result: Result, limit: float | None = None) -> Culprit | None:
     """From a bad end result to the pass, then to the layer. None when the end is within `limit` of the original."""
     if not result.inputs:
         raise UsageError("bisect re-runs the passes and needs the inputs: use the Result of `optimize`, not a loaded one")
+    if trainer := next((p for p in result.outcome.passes if p.trains), None):
+        raise UsageError(f"bisect re-runs the passes, and {trainer.name} would train again at every step; bisect a recipe without it")
     return _bisect(result.outcome.original, result.outcome.passes, result.inputs, limit, calibration=result.calibration)
 
 

@@ -65,6 +65,8 @@ def result(found: Any, model: str, written: str | None) -> None:
         console.print(f"end result: {same}, on {v['inputs']} inputs of several sizes")
     else:
         console.print(f"end result: {v['note']}")
+    if modelled := _modelled_energy(before, after):
+        console.print(modelled, soft_wrap=True)
     if written:
         console.print(f"wrote {written}")
 
@@ -124,6 +126,8 @@ def _measured(record: Any) -> str:
     m = record.measured
     if "cosine" not in m:
         return str(m.get("note", "not measured"))
+    if record.exact and "local_error" in m:
+        return f"exact within {m['local_error']:.1e} a value, ties moved the outputs by {m['step_error']:.1e}"
     if record.exact:
         return "bit-equal" if not m.get("step_error") else f"exact within {m['step_error']:.1e}"
     return f"cosine {m['cosine']:.4f}, error {m['relative_error']:.2g}"
@@ -300,3 +304,38 @@ def costs(rows: list[Any], target: str, most: int) -> None:
     for c, seconds, bound in sorted(rows, key=lambda r: -r[1])[:most]:
         table.add_row(c.node, c.op, f"{c.cost.flops / 1e9:.3f}", f"{c.cost.bytes / 1e6:.2f}", f"{seconds * 1e3:.3f}", bound, c.layer)
     console.print(table)
+
+
+def energy_payload(rows: list[Any]) -> dict[str, Any]:
+    """`cost --energy` as data: modelled picojoules."""
+    from ..ir.energy import CAPTION, total
+
+    def plain(row: Any) -> dict[str, Any]:
+        return {**dataclasses.asdict(row), "total": row.total}
+
+    sums = plain(total(rows))
+    return {"caption": CAPTION, "unit": "modelled pJ", "total": {k: v for k, v in sums.items() if isinstance(v, float)}, "nodes": [plain(r) for r in rows]}
+
+
+def energies(rows: list[Any], most: int) -> None:
+    """`cost --energy` for a person."""
+    from ..ir.energy import CAPTION, PARTS, total
+
+    whole = total(rows)
+    shares = ", ".join(f"{part} {100 * getattr(whole, part) / max(whole.total, 1e-9):.1f} %" for part in PARTS)
+    console.print(f"modelled energy at the example sizes: {whole.total / 1e6:,.3g} uJ ({shares})")
+    console.print(CAPTION)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("node", "op", "modelled uJ", *PARTS, "layer"):
+        table.add_column(name, justify="left" if name in ("node", "op", "layer") else "right")
+    for r in sorted(rows, key=lambda r: -r.total)[:most]:
+        table.add_row(r.node, r.op, f"{r.total / 1e6:.3f}", *(f"{getattr(r, part) / 1e6:.3f}" for part in PARTS), r.layer)
+    console.print(table)
+
+
+def _modelled_energy(before: Any, after: Any) -> str | None:
+    """The change in modelled energy in one sentence, from half a percent on."""
+    from ..ir.energy import CAPTION, energy, total
+
+    a, b = (total(energy(g)).total for g in (before, after))
+    return f"modelled energy {100 * (b / a - 1):+.1f} % ({CAPTION})" if a and abs(b / a - 1) >= 0.005 else None

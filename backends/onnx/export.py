@@ -38,6 +38,8 @@ FORMS: dict[str, dict[Profile, int]] = {
     "linear_nbits": {"ort": 14, "pure": 21},
     "linear_token": {"ort": 13, "pure": 13},
     "multi_head_attention": {"ort": 23},
+    "shift_linear": {"ort": 13, "pure": 13},
+    "ternary_linear": {"ort": 18, "pure": 18},
 }
 
 TRANSLATED = ("grouped_linear", "selective_scan")
@@ -94,7 +96,7 @@ def export(
     data = f"{path.name}.data"
     external = data if graph.weight_bytes() > EXTERNAL_BYTES else None
     flats = [*example_inputs(graph, inputs[0]), *inputs[1:]] if inputs else []
-    rounds = bool(graph.find(torch.ops.rewright.linear_nbits.default))
+    rounds = any(n.op_type == "MatMulNBits" or "block_size" in n.attributes for n in model.graph)
     parity = None
     with replacing(path, data) as temporary:
         if flats and rounds:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ..evaluate import op_name
-from ..nodes import CASTS, argument, is_looked_through
+from ..nodes import CASTS, argument, arguments, is_looked_through
 
 aten = torch.ops.aten
 ours = torch.ops.rewright
@@ -37,6 +37,10 @@ QUANTIZED_LINEARS = (
     ours.linear_token.default,
     ours.linear_nbits.default,
     ours.linear_fp8.default,
+    ours.shift_linear.default,
+    ours.shift_linear_q.default,
+    ours.shift_linear_ps.default,
+    ours.ternary_linear.default,
 )
 """Linears on codes: blocks have them as projections, no edit changes their weights."""
 BLOCK_LINEARS = (ours.block_dense_linear.default, ours.block_shuffle_linear.default)
@@ -224,7 +228,7 @@ def shared_weights(*projections: fx.Node | None) -> list[str]:
 
 
 def _weight(projection: fx.Node) -> Any:
-    return argument(projection, "w") if projection.target in QUANTIZED_LINEARS else projection.args[1]
+    return arguments(projection).get("w", projection.args[1])
 
 
 def path_of(node: fx.Node) -> str:

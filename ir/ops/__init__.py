@@ -18,6 +18,11 @@ from . import quick_gelu as quick_gelu
 from . import rms_norm as rms_norm
 from . import rope as rope
 from . import selective_scan as selective_scan
+from . import shift_add_attention as shift_add_attention
+from . import shift_linear as shift_linear
+from . import shift_linear_ps as shift_linear_ps
+from . import shift_linear_q as shift_linear_q
+from . import ternary_linear as ternary_linear
 from . import token_match as token_match
 from . import token_match_energy as token_match_energy
 from . import token_merge as token_merge
@@ -43,6 +48,11 @@ OPS = (
     "rms_norm",
     "rope",
     "selective_scan",
+    "shift_add_attention",
+    "shift_linear",
+    "shift_linear_ps",
+    "shift_linear_q",
+    "ternary_linear",
     "token_match",
     "token_match_energy",
     "token_merge",

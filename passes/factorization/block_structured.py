@@ -16,11 +16,11 @@ from ...ir.nodes import argument
 from ..linear_algebra import shrunk
 from ..made import add_made
 from ..rewrite import NOT_ASKED, Context, GraphPass
+from ..scope import Scope, linears_in, why_not_stored
 from ..statistics import Moments, Order, Request
 from .block_projection import Blocks, merged, projected, refitted_first, refitted_second
 from .block_seconds import block_seconds, dense_seconds, threshold
 from .predicted import rows_of
-from .scope import Scope, linears_in, why_not_stored
 
 ours = torch.ops.rewright
 

@@ -14,8 +14,8 @@ from ...ir.blocks.vocabulary import path_of, reads
 from ...ir.cost import cost
 from ...ir.graph import Graph
 from ..rewrite import Context, Pass
+from ..scope import linears_in
 from ..statistics import Request, Statistics
-from .scope import linears_in
 
 
 @dataclass

@@ -16,12 +16,12 @@ from ...ir.graph import Graph
 from ...ir.nodes import argument
 from ..made import add_made
 from ..rewrite import NOT_ASKED, Context, GraphPass
+from ..scope import Scope, linears_in, why_not_stored
 from ..statistics import Moments, Order, Request
 from .allocation import Method, allocate
 from .low_rank_factors import Data, Factors, joint_is_better
 from .low_rank_scores import Score, Scores, Side
 from .predicted import product_seconds, rows_of
-from .scope import Scope, linears_in, why_not_stored
 from .shared_input import insert_joint, insert_packed, shared_name
 
 aten = torch.ops.aten

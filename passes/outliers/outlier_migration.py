@@ -13,7 +13,7 @@ from ...ir.blocks.edges import Edge, edges
 from ...ir.errors import UsageError
 from ...ir.formats import ACTIVATIONS
 from ...ir.graph import Graph
-from ..quantization.scheme import Activations, Weights
+from ..quantization.scheme import Activations, Powers, Weights
 from ..rewrite import Context, GraphPass
 from ..statistics import Request
 from .awq import awq
@@ -67,7 +67,7 @@ class OutlierMigration(GraphPass):
     sites: tuple[Site, ...] = ("norm-linear", "value-output", "up-down", "linear-relu-linear", "hidden")
     explicit: Explicit = "never"
     pot_scales: bool = False
-    weights: Weights = "int8-channel"
+    weights: Weights | Powers = "int8-channel"
     activations: Activations = "int8-dynamic"
     group_size: int = 128
     grid: int = 32

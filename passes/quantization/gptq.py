@@ -13,6 +13,9 @@ from .codes import blocks, dequantized, rounded
 BLOCK = 128  # channels between two updates of all that follow
 DAMP = 0.01  # of the mean of the Gram's diagonal
 
+Rounding = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""(channel, its weights [out]) -> codes [out, ...] and what they stand for [out]."""
+
 
 def gptq_codes(
     w: Tensor,
@@ -24,32 +27,43 @@ def gptq_codes(
     act_order: bool = True,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Tensor:
-    """Codes [out, groups, group] of w [out, in] on a fixed grid [out, groups, 1] that keep E |x (w - w_q)^T|^2 small (Frantar et al. 2023).
+    """Codes [out, groups, group] of w [out, in] on a fixed grid [out, groups, 1]; groups stay where they are, since the grid is fixed before."""
+    width, group = w.shape[1], blocks(w, form, group_size).shape[2]
+    scale, zero_point = (t.squeeze(-1).repeat_interleave(group, 1)[:, :width].T.contiguous() for t in on)
+
+    def rounding(channel: int, column: Tensor) -> tuple[Tensor, Tensor]:
+        here = Grid(scale[channel], zero_point[channel])
+        codes = rounded(column, here, form).to(w.dtype)
+        return codes, dequantized(codes, here)
+
+    placed = blocks(gptq(w, rounding, gram, damp, act_order, say).T, form, group_size)
+    return placed.to(torch.float8_e4m3fn) if form.kind == "fp8" else placed
+
+
+def gptq(w: Tensor, rounding: Rounding, gram: Tensor, damp: float = DAMP, act_order: bool = True, say: Callable[[str], None] = lambda sentence: None) -> Tensor:
+    """Codes [in, out, ...] of w [out, in] that keep E |x (w - w_q)^T|^2 small (Frantar et al. 2023).
 
     gram: [in, in], E[x x^T]. Weights of channels that never fire become 0. act_order: channels with the largest E[x^2] first, while
-    there are many left to make up for them; groups stay where they were, since the grid is fixed before. `say` hears of more
-    damping than was asked for.
+    there are many left to make up for them. `say` hears of more damping than was asked for.
     """
-    width, group = w.shape[1], blocks(w, form, group_size).shape[2]
+    width = w.shape[1]
     gram = gram.double().clone()
     dead = gram.diagonal() == 0
     gram.diagonal()[dead] = gram.diagonal().sum() / (width - dead.sum()) if not dead.all() else 1.0
     order = gram.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(width)
     upper = _inverse_root(gram[order][:, order], damp, say).to(w.dtype)
     left = w.masked_fill(dead, 0).T[order]  # [in, out]: a channel is a row
-    scale, zero_point = (t.squeeze(-1).repeat_interleave(group, 1)[:, :width].T[order] for t in on)
-    codes = torch.empty_like(left)
+    codes: list[Tensor] = []
     for begin in range(0, width, BLOCK):
         end = min(begin + BLOCK, width)
         errors = torch.empty_like(left[begin:end])
         for i in range(begin, end):
-            here = Grid(scale[i], zero_point[i])
-            codes[i] = rounded(left[i], here, form)
-            errors[i - begin] = (left[i] - dequantized(codes[i], here)) / upper[i, i]
+            code, value = rounding(int(order[i]), left[i])
+            codes.append(code)
+            errors[i - begin] = (left[i] - value) / upper[i, i]
             left[i + 1 : end].addr_(upper[i, i + 1 : end], errors[i - begin], alpha=-1)
         left[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
-    placed = blocks(codes[order.argsort()].T, form, group_size)
-    return placed.to(torch.float8_e4m3fn) if form.kind == "fp8" else placed
+    return torch.stack(codes)[order.argsort()]
 
 
 def _inverse_root(gram: Tensor, damp: float, say: Callable[[str], None]) -> Tensor:

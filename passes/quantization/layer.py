@@ -12,7 +12,9 @@ from torch import Tensor, fx
 from ...ir.formats import Grid, grid
 from ...ir.graph import Graph
 from ...ir.nodes import argument
+from ...ir.pot import BITS
 from ..made import Make, add_made
+from ..shiftadd.shift_codes import shift_tensors
 from ..statistics import ValueStatistics
 from .affine_correction import affine_correction
 from .clip import clipped_grid
@@ -38,7 +40,7 @@ class LayerQuantizer:
     """
 
     scheme: Scheme
-    group_size: int
+    group_size: int = 128
     algorithm: Algorithm = "rtn"
     clip: bool = False
     affine: bool = False
@@ -52,14 +54,23 @@ class LayerQuantizer:
     def __call__(self, w: Tensor, b: Tensor | None = None) -> dict[str, Tensor]:
         """w [out, in], b [out] -> the op's "w", "scale" and, where it has them, "zero_point" and "b". Shapes only on the meta device."""
         full = w if w.dtype == torch.float32 else w.float()
-        on = _stored_in(self._grid(full), w.dtype)
-        q = Quantized(self._codes(full, on), on)
-        grouped = self.scheme.op == "linear_nbits"
-        tensors = as_nbits(q, self.scheme.weights, w.shape[1], self.group_size, self._real_zero_point) if grouped else as_rows(q, w.shape[1])
+        tensors = self._powers(full) if self.scheme.op == "shift_linear" else self._uniform(full, w.dtype)
         tensors = {name: t.to(w.dtype) if t.dtype == torch.float32 else t for name, t in tensors.items()}
         if b is not None:
             tensors["b"] = b
         return self._corrected(w, tensors) if self.affine else tensors
+
+    def _uniform(self, w: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        on = _stored_in(self._grid(w), dtype)
+        q = Quantized(self._codes(w, on), on)
+        grouped = self.scheme.op == "linear_nbits"
+        return as_nbits(q, self.scheme.weights, w.shape[1], self.group_size, self._real_zero_point) if grouped else as_rows(q, w.shape[1])
+
+    def _powers(self, w: Tensor) -> dict[str, Tensor]:
+        known = None if w.is_meta else self.known
+        gram = known.gram if known is not None and self.algorithm == "gptq" else None
+        importance = known.mean_square if known is not None and gram is None else None
+        return shift_tensors(w, self.scheme.weights.bits // BITS, importance, gram, self.damp, self.act_order, self.say)
 
     @property
     def _real_zero_point(self) -> bool:
@@ -92,7 +103,8 @@ class LayerQuantizer:
         a, c = affine_correction(torch.nn.functional.linear(x, w), self.run(x, without))
         scale = tensors["scale"].double()
         corrected = c if b is None else b.double() + c
-        return {**tensors, "scale": (scale * a.view(-1, *[1] * (scale.dim() - 1))).to(w.dtype), "b": corrected.to(w.dtype)}
+        rows = a if self.scheme.op == "shift_linear" else a.view(-1, *[1] * (scale.dim() - 1))
+        return {**tensors, "scale": (scale * rows).to(w.dtype), "b": corrected.to(w.dtype)}
 
     def run(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         """What the layer computes with these tensors."""
@@ -109,6 +121,8 @@ class LayerQuantizer:
                 return x, t["w"], t["scale"], t.get("b"), self.scheme.activations.bits
             case "linear_nbits":
                 return x, t["w"], t["scale"], t.get("zero_point"), t.get("b"), self.scheme.weights.bits, self.group_size
+            case "shift_linear":
+                return x, t["w"], t["scale"], t.get("b"), self.scheme.activations_name
         return x, t["w"], t["scale"], t.get("b")
 
 

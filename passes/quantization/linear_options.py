@@ -1,18 +1,18 @@
-"""What quantize-linear and mixed-precision share: the options, which linears they may touch, and how one is quantized."""
+"""What quantize-linear, mixed-precision and shift-linear share: the options, which linears they may touch, and how one is quantized."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from ...ir.errors import RecipeError
 from ...ir.graph import Graph
 from ...ir.nodes import argument
 from ..rewrite import Context, GraphPass
+from ..scope import Scope, linears_in
 from ..statistics import Request, Statistics
 from . import reduced_range
 from .gptq import DAMP
@@ -21,20 +21,14 @@ from .scheme import SMALLEST_GROUP, Scheme, check_group_size
 from .static_range import range_kinds, static_grid
 from .stored import Tied, note_copy, why_not_stored
 
-aten = torch.ops.aten
-
 
 @dataclass(frozen=True, kw_only=True)
-class LinearOptions(GraphPass):
-    """A pass over linears with stored weights. Raises RecipeError for options that do not go together."""
+class Linears(GraphPass):
+    """A pass that gives linears with stored weights others. Raises RecipeError for options that do not go together."""
 
+    scope: Scope = "all"
+    """"ffn": up, gate and down projections; "attention": q, k, v and output projections; "all"."""
     algorithm: Algorithm = "rtn"
-    clip: bool = False
-    """Shrink each range as far as it lowers the error on sampled inputs (AWQ's clip search); not with hqq, which has a search of its own."""
-    group_size: int = 128
-    """Channels that share a scale in "-group" formats: a power of two from 16 on; halved for layers with fewer inputs."""
-    range: str = "minmax"
-    """Of int8-static: "minmax", "percentile:99.99" or "mse"."""
     affine_correction: bool = False
     """Fit a scale and an offset per output channel on sampled inputs; they cost nothing at run time."""
     act_order: bool = True
@@ -43,8 +37,6 @@ class LinearOptions(GraphPass):
     """gptq: added to the Gram's diagonal, as a share of its mean."""
     max_k: int = 16384
     """gptq: layers with more inputs are rounded to nearest; the work grows with the cube."""
-    real_zero_point: bool = False
-    """hqq: zero points between two codes. onnxruntime then computes in float."""
     min_weights: int = 4096
     """Layers with fewer weights stay: quantizing their input costs more than their product."""
     only: tuple[str, ...] = ()
@@ -55,23 +47,23 @@ class LinearOptions(GraphPass):
     """A weight another call reads too: "decline", or "copy" to give the linear codes of its own."""
 
     def __post_init__(self) -> None:
-        range_kinds(self.range)
-        check_group_size(self.group_size)
-        if self.clip and self.algorithm == "hqq":
-            raise RecipeError("clip and hqq both choose the grid; leave one of them out")
         if self.damp < 0:
             raise RecipeError(f"damp must not be negative, got {self.damp:g}")
 
     def kinds(self, scheme: Scheme) -> frozenset[str]:
         """Statistics of a layer's input that quantizing it by this scheme needs."""
-        found = range_kinds(self.range) if scheme.static else frozenset[str]()
-        return found | ({"gram"} if self.algorithm == "gptq" else set()) | ({"rows"} if self.clip or self.affine_correction else set())
+        found = {"gram"} if self.algorithm == "gptq" else {"mean_square"} if scheme.op == "shift_linear" else set()
+        return frozenset(found | ({"rows"} if self.affine_correction else set()))
+
+    def linears(self, graph: Graph) -> list[fx.Node]:
+        """Those of the scope, in graph order."""
+        return linears_in(graph, self.scope)
 
     def requests_for(self, graph: Graph, schemes: Iterable[Scheme]) -> list[Request]:
         """What to gather for all linears that may be quantized by one of these schemes."""
         found = []
         for scheme in schemes:
-            for node in graph.find(aten.linear.default) if self.kinds(scheme) else []:
+            for node in self.linears(graph) if self.kinds(scheme) else []:
                 if self.why_not(graph, node, scheme) is None and (kinds := self.kinds(scheme) - self._too_wide(node)):
                     found.append(Request(node.args[0].name, kinds))  # type: ignore[union-attr]
         return found
@@ -97,21 +89,8 @@ class LinearOptions(GraphPass):
     def quantizer(self, node: fx.Node, scheme: Scheme, statistics: Statistics | None) -> LayerQuantizer:
         """How one linear is quantized, by the options and what is known of its input."""
         known = statistics[node.args[0]] if statistics is not None and self.kinds(scheme) - self._too_wide(node) else None  # type: ignore[index]
-        group = self.group_size
-        while group > max(inputs_of(node), SMALLEST_GROUP):
-            group //= 2
-        return LayerQuantizer(
-            scheme=scheme,
-            group_size=group,
-            algorithm="rtn" if self._too_wide(node) else self.algorithm,
-            clip=self.clip,
-            affine=self.affine_correction,
-            real_zero_point=self.real_zero_point,
-            act_order=self.act_order,
-            damp=self.damp,
-            known=known,
-            x_grid=static_grid(known, scheme.activations, self.range) if scheme.static and known and scheme.activations else None,
-        )
+        algorithm = "rtn" if self._too_wide(node) else self.algorithm
+        return LayerQuantizer(scheme, algorithm=algorithm, affine=self.affine_correction, act_order=self.act_order, damp=self.damp, known=known)
 
     def _too_wide(self, node: fx.Node) -> frozenset[str]:
         """{"gram"} for a layer that is rounded to nearest because of its size, else nothing."""
@@ -121,6 +100,39 @@ class LinearOptions(GraphPass):
         """Say in the graph's notes which layers were rounded to nearest because of their size."""
         if wide := [n.meta.get("path") or n.name for n in nodes if self._too_wide(n)]:
             graph.notes.append(f"rounded to nearest instead of gptq, with more than max_k = {self.max_k:,} inputs: {', '.join(wide)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearOptions(Linears):
+    """The same with the options of uniform codes."""
+
+    clip: bool = False
+    """Shrink each range as far as it lowers the error on sampled inputs (AWQ's clip search); not with hqq, which has a search of its own."""
+    group_size: int = 128
+    """Channels that share a scale in "-group" formats: a power of two from 16 on; halved for layers with fewer inputs."""
+    range: str = "minmax"
+    """Of int8-static: "minmax", "percentile:99.99" or "mse"."""
+    real_zero_point: bool = False
+    """hqq: zero points between two codes. onnxruntime then computes in float."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        range_kinds(self.range)
+        check_group_size(self.group_size)
+        if self.clip and self.algorithm == "hqq":
+            raise RecipeError("clip and hqq both choose the grid; leave one of them out")
+
+    def kinds(self, scheme: Scheme) -> frozenset[str]:
+        found = super().kinds(scheme) | (range_kinds(self.range) if scheme.static else frozenset())
+        return found | ({"rows"} if self.clip else frozenset())
+
+    def quantizer(self, node: fx.Node, scheme: Scheme, statistics: Statistics | None) -> LayerQuantizer:
+        found = super().quantizer(node, scheme, statistics)
+        group = self.group_size
+        while group > max(inputs_of(node), SMALLEST_GROUP):
+            group //= 2
+        grid = static_grid(found.known, scheme.activations, self.range) if scheme.static and found.known and scheme.activations else None
+        return replace(found, group_size=group, clip=self.clip, real_zero_point=self.real_zero_point, x_grid=grid)
 
 
 class Inserter:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, fx
 
 from ...ir.errors import RecipeError, UsageError
@@ -23,8 +22,8 @@ from .reduced_range import reduced_range
 from .scheme import Scheme, scheme
 from .stored import other_reader
 
-aten = torch.ops.aten
 KEEP = "keep"
+POWERS_SAY = "mixed-precision: layers of powers of two are no faster than int8 ones, as which they run; they buy smaller weights and modelled energy, not time"
 TOO_FAR = 2.0  # times the sum of what layers alone do
 TIGHTENINGS = 5  # of a drift budget that the whole exceeds
 
@@ -111,13 +110,15 @@ class MixedPrecision(LinearOptions):
             else:
                 inserter.insert(layer.node, option.quantizer, option.made)
         graph.notes.append(_report(layers, fixed, chosen, measured))
+        if any((q := layer.options[c].quantizer) is not None and q.scheme.op == "shift_linear" for layer, c in zip(layers, chosen)):
+            graph.notes.append(POWERS_SAY)
         return graph
 
     def _layers(self, graph: Graph, context: Context) -> tuple[list[_Layer], int]:
         """The linears that have a choice, in graph order, and the bytes of the weights of those that have none."""
         layers, fixed = [], 0
         schemes = {choice: reduced_range(s, context.target) for choice, s in self.schemes.items()}
-        for node in graph.find(aten.linear.default):
+        for node in self.linears(graph):
             whys = {choice: self.why_not(graph, node, s) or context.ignored(node) for choice, s in schemes.items()}
             options = [self._option(graph, node, choice, s, context) for choice, s in schemes.items() if not whys[choice]]
             weight: Any = node.args[1]

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
+from ...ir.errors import RecipeError
 from ...ir.graph import Graph
 from ..rewrite import Context
 from ..statistics import Request
 from .linear_options import Inserter, LinearOptions
 from .reduced_range import reduced_range
 from .scheme import Activations, Scheme, Weights, scheme
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,8 @@ class QuantizeLinear(LinearOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scheme(self.weights, self.activations)
+        if self.scheme.op == "shift_linear":
+            raise RecipeError(f"{self.weights} are shift-linear's weights; use that pass, or a choice of mixed-precision")
 
     @property
     def scheme(self) -> Scheme:
@@ -58,7 +56,7 @@ class QuantizeLinear(LinearOptions):
         return self.requests_for(graph, [self.scheme])
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        inserter, linears = Inserter(graph, context), graph.find(aten.linear.default)
+        inserter, linears = Inserter(graph, context), self.linears(graph)
         there = reduced_range(self.scheme, context.target)
         whys = {node: self.why_not(graph, node, there) or context.ignored(node) for node in linears}
         self.note_too_wide(graph, [node for node, why in whys.items() if not why])

@@ -11,6 +11,8 @@ from ...ir.errors import RecipeError
 from ...ir.formats import ACTIVATIONS, WEIGHTS, Format
 
 Weights = Literal["int8-channel", "int6-channel", "int4-channel", "int8-group", "int4-group", "fp8-channel"]
+Powers = Literal["pot4-channel", "pot8-channel"]
+"""Weights of one or two power-of-two terms: shift-linear's, and choices of mixed-precision."""
 Activations = Literal["none", "int8-dynamic", "int8-static", "int8-token", "int6-token", "int4-token", "fp8-token"]
 
 _CHANNEL, _TOKEN = ("int8-channel", "int6-channel", "int4-channel"), ("int8-token", "int6-token", "int4-token")
@@ -21,6 +23,7 @@ OPS: dict[str, tuple[tuple[str, str], ...]] = {
     "linear_token": tuple((w, x) for w in _CHANNEL for x in _TOKEN),
     "linear_nbits": (("int8-group", "none"), ("int4-group", "none"), ("int8-channel", "none"), ("int4-channel", "none")),
     "linear_fp8": (("fp8-channel", "fp8-token"),),
+    "shift_linear": tuple((w, x) for w in ("pot4-channel", "pot8-channel") for x in ("int8-dynamic", "int8-token", "none")),
 }
 
 SMALLEST_GROUP = 16
@@ -35,6 +38,11 @@ class Scheme:
     op: str
     weights: Format
     activations: Format | None
+
+    @property
+    def activations_name(self) -> str:
+        """The format of activations in ir.formats."""
+        return self.name.partition("/")[2]
 
     @property
     def static(self) -> bool:

@@ -392,7 +392,7 @@ def test_every_case_of_every_quantized_op_is_the_op(op: str, profile: Profile, t
     operands = tuple(case[0] for case in cases)
     done = export(capture(Calls(op, cases), (list(operands),)), tmp_path / "m.onnx", [operands], profile)
     assert done.parity is not None
-    assert done.parity.bit_equal if op.startswith("embedding") else done.parity.relative_error < (0.01 if op == "linear_nbits" else 2e-6)
+    assert done.parity.bit_equal if op.startswith("embedding") else done.parity.relative_error < {"linear_nbits": 0.01, "ternary_linear": 0.02}.get(op, 2e-6)
 
 
 def test_an_embedding_of_4_or_8_bits_is_one_node_that_gathers_and_dequantizes(tmp_path: Path) -> None:  # R8

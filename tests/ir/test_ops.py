@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from rewright.ir import ops
 
@@ -30,11 +31,11 @@ class _One(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = iter(tensors)
-        return _call(self.name, tuple(next(given) if isinstance(a, Tensor) else a for a in self.case))
+        return _call(self.name, pytree.tree_map_only(Tensor, lambda _: next(given), self.case))
 
 
 def _tensors(case: tuple) -> tuple[Tensor, ...]:
-    return tuple(a for a in case if isinstance(a, Tensor))
+    return tuple(a for a in pytree.tree_leaves(case) if isinstance(a, Tensor))
 
 
 MATCHES = ("token_match", "token_match_energy", "token_places")  # their results are numbers of tokens
@@ -63,26 +64,30 @@ def test_fake_tensors_have_the_shape_and_dtype_of_real_ones(name: str) -> None:
     mode = FakeTensorMode()
     for case in _cases(name):
         with mode:
-            fakes = _call(name, tuple(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in case))
+            fakes = _call(name, pytree.tree_map_only(Tensor, mode.from_tensor, case))
         for fake, real in zip(fakes, _call(name, case), strict=True):
             assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
 
 
-ROUNDED = ("linear_fp8", "linear_int8_dynamic", "linear_int8_static", "linear_token")  # their x has no useful slope: tests/ir/test_quantized_ops.py
-SMOOTH = [name for name in ops.OPS if name not in (*ROUNDED, *MATCHES)]
-DIFFERENTIABLE = {"attention": 9, "token_merge": 2}  # the case in which every operand has a gradient: a bias, both means, sizes above 0
+ROUNDED = ("linear_fp8", "linear_int8_dynamic", "linear_int8_static", "linear_token", "shift_linear", "shift_linear_ps", "shift_linear_q")
+# what is rounded has no useful slope: tests/ir/test_quantized_ops.py, tests/ir/test_shift_ops.py
+CODED = ("shift_add_attention",)  # nor have the codes of its q and k: tests/ir/test_shift_add_attention.py
+SMOOTH = [name for name in ops.OPS if name not in (*ROUNDED, *CODED, *MATCHES)]
+# the case in which every operand has a gradient: a bias, both means, sizes above 0, a decay, parameters
+DIFFERENTIABLE = {"attention": 9, "token_merge": 2}
 
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_every_float_operand_has_a_gradient_that_finite_differences_confirm(name: str) -> None:
     case = _cases(name)[DIFFERENTIABLE.get(name, 1)]
-    tensors = [a for a in case if isinstance(a, Tensor) and a.is_floating_point()]
+    tensors = [a for a in _tensors(case) if a.is_floating_point()]
     for i, tensor in enumerate(tensors):
         x = tensor.clone().requires_grad_(True)
         direction = torch.randn_like(x) * x.detach().abs().mean()
 
         def loss(value: Tensor, x: Tensor = tensor) -> Tensor:
-            return sum((o.square() * torch.arange(o.numel()).view(o.shape).cos()).sum() for o in _call(name, tuple(value if a is x else a for a in case)))  # type: ignore[return-value]
+            given = pytree.tree_map(lambda a: value if a is x else a, case)
+            return sum((o.square() * torch.arange(o.numel()).view(o.shape).cos()).sum() for o in _call(name, given))  # type: ignore[return-value]
 
         (gradient,) = torch.autograd.grad(loss(x), x)
         step = 1e-3

@@ -1,4 +1,4 @@
-"""Which linears a factorization is asked for, and which of them it can have."""
+"""Which linears a pass is asked for, and which of them can have other weights."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import fx
 
-from ...ir.blocks import attention_blocks, ffn_blocks
-from ...ir.blocks.channel_constants import why_not_edited
-from ...ir.blocks.vocabulary import path_of
-from ...ir.graph import Graph
-from ...ir.nodes import argument
+from ..ir.blocks import attention_blocks, ffn_blocks
+from ..ir.blocks.channel_constants import why_not_edited
+from ..ir.blocks.vocabulary import path_of
+from ..ir.graph import Graph
+from ..ir.nodes import argument
 
 aten = torch.ops.aten
 
