@@ -15,7 +15,7 @@ from ...ir.ops.shift_linear_q import q_terms
 from ...ir.pot import pack_codes
 from ..made import add_made
 from ..rewrite import Context, GraphPass
-from .shift_linear import NO_FASTER
+from .shift_linear import FLOATS, NO_FASTER
 
 ours = torch.ops.rewright
 
@@ -51,7 +51,8 @@ class FreezeShift(GraphPass):
             node.replace_all_uses_with(new, propagate_meta=False)
             graph.fx.erase_node(node)
         if stored:
-            graph.notes.append(f"freeze-shift: {stored:,} weights of 4 bits a term run as 8-bit integers; {NO_FASTER}")
+            floats = all(n.args[-1] == "none" for n in graph.find(ours.shift_linear.default))
+            graph.notes.append(f"freeze-shift: {stored:,} weights of 4 bits a term; {FLOATS if floats else NO_FASTER}")
         return graph
 
 

@@ -17,12 +17,13 @@ from ..made import add_made
 from ..quantization.layer import LayerQuantizer
 from ..quantization.linear_options import Inserter, Linears
 from ..quantization.scheme import Scheme, scheme
-from ..quantization.stored import note_copy
+from ..quantization.stored import note_copy, other_reader
 from ..rewrite import Context
 from ..statistics import Request
 
 ours = torch.ops.rewright
 NO_FASTER = "no faster than int8 weights, which round less: against those the codes buy smaller weights and modelled energy, not time"
+FLOATS = "not faster: onnxruntime and torch make float weights of the codes, which buy a smaller file and modelled energy, not time"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class ShiftLinear(Linears):
         if self.train != "none":
             return "to be trained in float before freeze-shift makes them codes"
         if self.activations == "none":
-            return "not faster: onnxruntime and torch make float weights of the codes, which buy a smaller file and modelled energy, not time"
+            return FLOATS
         if before is None or context.predict is None:
             return "no target, so nothing is said of time; backends multiply the codes as 8-bit integers"
         after, on = context.predict(graph), getattr(context.target, "name", "the target")
@@ -121,7 +122,9 @@ def _insert_trainable(graph: Graph, linear: fx.Node, quantizer: LayerQuantizer, 
     x, w, b = linear.args[0], linear.args[1], argument(linear, "bias")
     assert isinstance(w, fx.Node)
     stem, form = str(w.target), quantizer.scheme.activations_name
-    note_copy(graph, linear, w)
+    if other_reader(linear, w) is not None:
+        note_copy(graph, linear, w)
+        w = graph.add_weight(f"{stem}_own", torch.clone, stem, like=linear)
     names = {"largest": f"{stem}_largest"} | ({"shift": f"{stem}_shift", "sign": f"{stem}_sign"} if how == "ps" else {})
     made = add_made(graph, _Trainable(quantizer), [stem], names, linear)
     weights, op = ((w,), ours.shift_linear_q) if how == "q" else ((made["shift"], made["sign"]), ours.shift_linear_ps)

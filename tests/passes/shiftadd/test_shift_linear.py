@@ -186,6 +186,9 @@ def test_declines_a_tied_weight_and_copies_it_when_asked() -> None:
         outcome = run([ShiftLinear(tied="copy", train=train), FreezeShift()], Tied(), ids)
         assert [r.applied for r in outcome.records[-2:]] == [1, int(train == "q")]
         assert any("has quantized codes of its own" in note for note in outcome.graph.notes)
+    trained = run([ShiftLinear(tied="copy", train="q")], Tied(), ids).graph
+    q = trained.find(ours.shift_linear_q.default)[0]
+    assert trained.weight(q.args[1]) is not trained.weight("table.weight")  # type: ignore[arg-type]  # training one leaves the other
 
 
 @pytest.mark.parametrize(
@@ -281,7 +284,9 @@ def test_freezing_is_exact_and_gives_what_the_pass_gives_at_once(train: Any, ter
     errors = [1 - o.total.cosine for o in (outcome, at_once)]  # type: ignore[union-attr]
     assert errors[0] == pytest.approx(errors[1], rel=0.2)  # the scales are fitted anew behind the codes, and "q" rounds on those
     assert outcome.graph.weight_bytes() == at_once.graph.weight_bytes()
-    assert outcome.graph.notes[-1].startswith("freeze-shift: 32,768 weights of 4 bits a term run as 8-bit integers; no faster than int8 weights")
+    assert outcome.graph.notes[-1].startswith("freeze-shift: 32,768 weights of 4 bits a term; no faster than int8 weights")
+    floats = run([ShiftLinear(train=train, terms=terms, activations="none"), FreezeShift()], module, inputs)
+    assert floats.graph.notes[-1].startswith("freeze-shift: 32,768 weights of 4 bits a term; not faster: onnxruntime and torch make float weights")
 
 
 @pytest.mark.parametrize("train", ["q", "ps"])
