@@ -1,6 +1,6 @@
 """Power-of-two weights on real models, after training: quality, bytes and measured time beside int8 and fp32, and modelled energy apart.
 
-usage: python benchmarks/shiftadd.py [minilm] [digits-vit] [stdlib-lm] [--table quality|latency|trained|stages]
+usage: python benchmarks/shiftadd.py [minilm] [digits-vit] [stdlib-lm] [--table quality|latency|stages]
 Writes benchmarks/shiftadd.json row by row (a row that is there is not made again), benchmarks/shiftadd.txt and benchmarks/shiftadd.svg.
 One thread. Quality is that of the models' own judges in onnxruntime on held-out data; latency is the ratio to onnxruntime fp32 of
 the same graph, all rows in one process, alternating. Energy is modelled by `rewright.energy` from a published table, not measured.
@@ -18,7 +18,7 @@ from typing import Any
 from rows import Rows, judged, latencies, latency_lines, made
 
 MODELS = ("minilm", "digits-vit", "stdlib-lm")
-TABLES = ("quality", "latency", "trained", "stages")
+TABLES = ("quality", "latency", "stages")
 SHAPES = {"minilm": ("1x32", "8x128"), "digits-vit": ("1", "32"), "stdlib-lm": ("1x1", "1x128")}
 SIZES = {"minilm": {"batch": 8, "sequence": 128}, "digits-vit": {"batch": 32}, "stdlib-lm": {"batch": 1, "sequence": 128}}
 FUSED: dict[str, list[Any]] = {
@@ -45,16 +45,6 @@ def rows_of(model: str) -> dict[str, Any]:
         rows[row] = [*fused, step]
         rows[f"{row}, migrated"] = [{"name": "outlier-migration", "explicit": "restore", "sites": sites, "weights": weights}, *fused, step]
     return rows | {"recipe shiftadd-mlp": "shiftadd-mlp"}
-
-
-def trained(model: str) -> dict[str, Any]:
-    """250 steps of training in the two forms: rounded float weights (all weights move), exponents and signs (they and the scales move)."""
-    if model != "stdlib-lm":
-        return {}
-    q = {"name": "finetune", "steps": 250, "judgings": 5}
-    ps = {**q, "rate": 0.005, "trainable": "rewritten"}
-    start = {"name": "shift-linear", "tied": "copy"}
-    return {f"shift 4 bit, trained {kind}": [*FUSED[model], {**start, "train": kind}, step, "freeze-shift"] for kind, step in (("q", q), ("ps", ps))}
 
 
 LATENCY = ("fp32", "int8", "shift 4 bit", "shift two terms", "mixed shift and int8", "recipe shiftadd-mlp")
@@ -137,8 +127,8 @@ def text(results: dict[str, Any]) -> str:
     lines = ["Power-of-two weights. " + ", ".join(f"{k} {v}" for k, v in results["conditions"].items()), f"Energy is {CAPTION}.", ""]
     for model, tables in results["models"].items():
         for table, rows in tables.items():
-            lines.append(f"{model}, {table}" + (f", energy at {SIZES[model]}" if table in ("quality", "trained") else ""))
-            if table in ("quality", "trained"):
+            lines.append(f"{model}, {table}" + (f", energy at {SIZES[model]}" if table == "quality" else ""))
+            if table == "quality":
                 for row, r in rows.items():
                     scores = "   ".join(f"{name} {q['value']:.4f} ({q['low']:.4f} to {q['high']:.4f})" for name, q in r["quality"].items())
                     e = r["modelled_energy"]
@@ -208,8 +198,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for model in args.models or MODELS:
         for table in args.table or TABLES:
-            if table in ("quality", "trained"):
-                for row, passes in (rows_of if table == "quality" else trained)(model).items():
+            if table == "quality":
+                for row, passes in rows_of(model).items():
                     if not RESULTS.has(model, table, row):
                         print(model, row, flush=True)
                         with TemporaryDirectory() as folder:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .feature_maps import named
 from .graph import Graph
 from .nodes import arguments
+from .ops.linear_attention import CHUNK
 
 aten = torch.ops.aten
 
@@ -72,6 +74,9 @@ def node_costs(graph: Graph, sizes: Mapping[str, int] | None = None) -> Iterator
             tables = [t.meta["val"] for t in node.all_input_nodes if t is not ids]
             rows = sum(numel(t, size) // size(t.shape[0]) * t.element_size() for t in tables)
             read = numel(ids.meta["val"], size) * (rows + ids.meta["val"].element_size())
+        if name == "block_attention":  # the listed blocks are copied, scores written, masked, normalised and read again
+            listed, width = _listed(node, size), sum(size(arguments(node)[n].meta["val"].shape[-1]) for n in "qv")
+            read += (2 * listed + 6 * listed // width * arguments(node)["block"]) * results[0].element_size()
         weights = sum(graph.weight(n).nbytes for n in node.all_input_nodes if graph.is_weight(n))
         dtype = torch.int8 if arguments(node).get("activations", "none") != "none" else _ARITHMETIC.get(name, results[0].dtype)
         found = Cost(read + written, _flops(node, name, results, size), _LAUNCHES.get(name, 1))
@@ -111,6 +116,14 @@ def _flops(node: fx.Node, name: str, results: list[Tensor], size: Any) -> int:
                 if q.dim() == 4
                 else 4 * numel(q, size) * size(k.shape[-2])
             )
+        case "linear_attention" | "linear_attention_step" | "hybrid_attention":
+            return _linear_attention(node, name, size)
+        case "feature_map":
+            a = arguments(node)
+            projected = 2 * numel(operands[0], size) * size(a["parameters"][0].meta["val"].shape[-2]) if named(a["kind"]).projected else 0
+            return projected + 8 * out
+        case "block_attention":
+            return 2 * _listed(node, size) * arguments(node)["block"]
         case "token_match" | "token_match_energy":
             a = arguments(node)
             batch, count, width = (size(s) for s in a["metric"].meta["val"].shape)
@@ -119,6 +132,33 @@ def _flops(node: fx.Node, name: str, results: list[Tensor], size: Any) -> int:
         case "softmax" | "_softmax" | "layer_norm" | "add_layer_norm" | "rms_norm" | "add_rms_norm" | "group_norm" | "gelu":
             return 8 * out
     return out if results[0].is_floating_point() else 0
+
+
+def _linear_attention(node: fx.Node, name: str, size: Any) -> int:
+    """A state a key head, or one a query head where each decays by its own; its denominators; the pairs of a chunk or of what is near."""
+    a = arguments(node)
+    of = {n: x.meta["val"].shape for n, x in a.items() if isinstance(x, fx.Node)}
+    (batch, heads, queries, _), keys = (tuple(size(s) for s in of[n]) for n in ("q", "k"))
+    dv = size(of["v"][-1])
+    features = size(of.get("state", of.get("fq", of["q"]))[-2 if "state" in of else -1])
+    state_heads = size(of["state"][1]) if "state" in of else size(of["decay"][-1 if len(of["decay"]) == 1 else 1]) if "decay" in of else keys[1]
+    flops = 2 * features * dv * (queries * heads + keys[2] * state_heads)
+    if a.get("normalize", "sum") == "sum":
+        flops += 2 * features * queries * heads
+    if name == "hybrid_attention":
+        flops += 2 * queries * min(a["window"] * (2 if a["causal"] else 3), queries) * (size(of["q"][-1]) + dv) * heads
+    elif a.get("causal"):
+        flops += 2 * queries * CHUNK * (features + dv) * heads
+    return batch * flops
+
+
+def _listed(node: fx.Node, size: Any) -> int:
+    """Numbers in the keys and values that block_attention's queries see, each block of queries by itself."""
+    a = arguments(node)
+    q, v, blocks = (a[n].meta["val"] for n in ("q", "v", "blocks"))
+    batch, heads, tokens, width = (size(s) for s in q.shape)
+    count = -(-tokens // a["block"])
+    return batch * heads * count * min(int(blocks.shape[2]), count) * a["block"] * (width + size(v.shape[-1]))
 
 
 def terms_of(node: fx.Node) -> int:
@@ -142,6 +182,7 @@ _ARITHMETIC = {
 """Dtype of the product where it is not the result's."""
 
 _LAUNCHES = {
+    "block_attention": 20,
     "feature_map": 3,
     "hybrid_attention": 30,
     "linear_attention": 6,

@@ -107,6 +107,9 @@ def codes(x: Tensor, on: Grid, form: Format) -> Tensor:
     """The codes of a (grouped) tensor, as floats; gradients pass straight through the rounding."""
     if form.kind == "fp8":
         return straight_through(x / on.scale, lambda v: v.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype))
+    if form.kind == "pot":
+        assert form.bits == 4, "a second term has a grid of its own"
+        return straight_through(x / on.scale, nearest_power)
     return straight_through(x / on.scale, lambda v: torch.clamp(torch.round(v) + on.zero_point, form.low, form.high) - on.zero_point) + on.zero_point
 
 
@@ -128,11 +131,11 @@ def fake_quantize(x: Tensor, form: Format | None, group_size: int = 128, on: Gri
 
 def _powers(x: Tensor, terms: int) -> Tensor:
     """x [..., d] as so many power-of-two terms keep it, each with a scale a row that reaches the largest value."""
-    found = torch.zeros_like(x)
+    found, term = torch.zeros_like(x), Format("pot", 4, "row")
     for _ in range(terms):
         rest = (x - found).detach()
-        on = grid(rest, Format("pot", 4, "row"))
-        found = found + nearest_power(rest / on.scale) * on.scale
+        on = grid(rest, term)
+        found = found + codes(rest, on, term) * on.scale
     return straight_through(x, lambda _: found)
 
 

@@ -41,6 +41,7 @@ PASSES = {
     "shift-add-attention": "shiftadd.shift_add_attention:ShiftAddAttention",
     "finetune": "training.finetune:Finetune",
     "ternary-import": "shiftadd.ternary_import:TernaryImport",
+    "sparse-attention": "linear_attention.sparse_attention:SparseAttention",
     "token-merging": "tokens.token_merging:TokenMerging",
     "visual-token-pruning": "tokens.visual_token_pruning:VisualTokenPruning",
     "quantize-embedding": "quantization.quantize_embedding:QuantizeEmbedding",

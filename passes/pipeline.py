@@ -120,7 +120,7 @@ class Pipeline:
     ignore: tuple[str, ...] = ()
     verify: bool = True
     seed: int = 0
-    predict: Callable[[Graph], float] | None = None
+    predict: Callable[..., float] | None = None
     latency: Callable[[Graph], float] | None = None
     metric: Callable[[torch.nn.Module], float] | None = None
     calibration: Calibration | None = None

@@ -51,8 +51,8 @@ class Context:
 
     target: Any = None
     """backends.target.Target, or None when nothing is known about the hardware."""
-    predict: Callable[[Graph], float] | None = None
-    """Predicted seconds of a graph on the target; None without a target."""
+    predict: Callable[..., float] | None = None
+    """Predicted seconds of a graph on the target, at its example sizes or at given ones (dim name -> size); None without a target."""
     seed: int = 0
     ignore: tuple[str, ...] = ()
     """Module paths (prefixes) no lossy pass may touch."""

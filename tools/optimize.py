@@ -168,7 +168,7 @@ def optimize(
         plan.require_match,
         (*plan.ignore, *ignore),
         verify,
-        predict=lambda g: predicted_seconds(g, machine),
+        predict=lambda g, sizes=None: predicted_seconds(g, machine, sizes),
         latency=latency,
         metric=metric,
         calibration=statistics,

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from ...ir.errors import PromiseBroken, UsageError
 from ...ir.files import replacing
 from ...ir.graph import Graph, graph_module, quiet
+from ...ir.nodes import argument
 from ...ir.verify import Drift, compare, example_inputs, padding_mask, rounding_sensitivity
 from . import concat, constants, stable_sort
 from .linear_nbits import unrounded
@@ -206,11 +207,18 @@ def _flat_module(graph: Graph, profile: Profile, opset: int) -> tuple[fx.GraphMo
             node.target = forms[node.target]
     _drop_assertions(flat)
     module = graph_module(graph.module, flat)
+    least = max((3 * argument(n, "block") for n in graph.find(torch.ops.rewright.block_attention.default)), default=2)
     examples = []
     for node in graph.inputs:
         value = node.meta["val"]
-        examples.append(torch.zeros([max(2, graph.size(s)) if isinstance(s, torch.SymInt) else s for s in value.shape], dtype=value.dtype))
+        examples.append(torch.zeros([_example(graph, s, least) if isinstance(s, torch.SymInt) else s for s in value.shape], dtype=value.dtype))
     return module, tuple(examples)
+
+
+def _example(graph: Graph, symbol: Any, least: int) -> int:
+    """A size to trace with: one that holds fewer than two blocks of tokens would make their number a constant."""
+    high = next((dim.high for name, dim in graph.dims.items() if graph.symbols[name].node.expr == symbol.node.expr), None)
+    return max(graph.size(symbol), least if high is None else min(least, high))
 
 
 def _drop_assertions(program: fx.Graph) -> None:

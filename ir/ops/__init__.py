@@ -3,11 +3,16 @@
 from . import add_layer_norm as add_layer_norm
 from . import add_rms_norm as add_rms_norm
 from . import attention as attention
+from . import block_attention as block_attention
 from . import block_dense_linear as block_dense_linear
 from . import block_shuffle_linear as block_shuffle_linear
 from . import embedding_int8 as embedding_int8
 from . import embedding_nbits as embedding_nbits
+from . import feature_map as feature_map
 from . import grouped_linear as grouped_linear
+from . import hybrid_attention as hybrid_attention
+from . import linear_attention as linear_attention
+from . import linear_attention_step as linear_attention_step
 from . import linear_fp8 as linear_fp8
 from . import linear_int8_dynamic as linear_int8_dynamic
 from . import linear_int8_static as linear_int8_static
@@ -33,11 +38,16 @@ OPS = (
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "block_attention",
     "block_dense_linear",
     "block_shuffle_linear",
     "embedding_int8",
     "embedding_nbits",
+    "feature_map",
     "grouped_linear",
+    "hybrid_attention",
+    "linear_attention",
+    "linear_attention_step",
     "linear_fp8",
     "linear_int8_dynamic",
     "linear_int8_static",

@@ -46,7 +46,7 @@ MATCHES = ("token_match", "token_match_energy", "token_places")  # their results
 def test_every_case_runs_and_is_finite(name: str, dtype: torch.dtype) -> None:
     for case in _cases(name, dtype):
         for i, out in enumerate(_call(name, case)):
-            sizes = name == "token_merge" and i == 1  # stay float32: counts above 256
+            sizes = name in ("token_merge", "linear_attention_step") and i > 0  # stay float32: counts above 256, and sums
             assert out.dtype == (torch.int64 if name in MATCHES else torch.float32 if sizes else dtype)
             assert out.isfinite().all()
 
@@ -74,7 +74,7 @@ ROUNDED = ("linear_fp8", "linear_int8_dynamic", "linear_int8_static", "linear_to
 CODED = ("shift_add_attention",)  # nor have the codes of its q and k: tests/ir/test_shift_add_attention.py
 SMOOTH = [name for name in ops.OPS if name not in (*ROUNDED, *CODED, *MATCHES)]
 # the case in which every operand has a gradient: a bias, both means, sizes above 0, a decay, parameters
-DIFFERENTIABLE = {"attention": 9, "token_merge": 2}
+DIFFERENTIABLE = {"attention": 9, "feature_map": 2, "linear_attention": 9, "token_merge": 2}
 
 
 @pytest.mark.parametrize("name", SMOOTH)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rewright.ir.formats import ACTIVATIONS, POWERS, codes, fake_quantize, grid, nearest_power
+from rewright.ir.formats import ACTIVATIONS, POWERS, WEIGHTS, codes, fake_quantize, grid, nearest_power
 from rewright.ir.ops.shift_linear_ps import ps_codes
 from rewright.ir.ops.shift_linear_q import q_terms
 from rewright.ir.pot import VALUES, pack_codes, shift_add, unpack_codes
@@ -117,8 +117,9 @@ def test_half_precision_sums_in_float32() -> None:
 
 def test_fake_quantize_knows_the_formats() -> None:
     w = torch.randn(16, 64, requires_grad=True)
-    from rewright.ir.formats import WEIGHTS
-
+    form = WEIGHTS["pot4-channel"]
+    on = grid(w.detach(), form)
+    assert codes(w, on, form).abs().amax(-1).tolist() == [64] * 16 and torch.equal(codes(w, on, form), nearest_power(w / on.scale))
     once, twice = (fake_quantize(w, WEIGHTS[f"pot{bits}-channel"]) for bits in (4, 8))
     assert (once - w).square().mean() > 10 * (twice - w).square().mean()
     (gradient,) = torch.autograd.grad(twice.sum(), w)
