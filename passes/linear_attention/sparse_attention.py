@@ -34,7 +34,8 @@ class SparseAttention(GraphPass):
     What is dropped bounds the error: |y - y'| <= 2 (dropped mass) max |v|; the notes have both densities and dropped mass on held-out data.
     Declines attention over two sequences, windowed, biased, capped or with token sizes, packed heads (put it before pack-heads), layers whose
     density is above `most_density`, and, unless force, programs that are not predicted to get faster on the target.
-    Lossy: benchmarks/sparse_attention.txt has MiniLM on 512 tokens, whose attention is too even to gain by it.
+    Lossy: on MiniLM with 512 tokens, keeping 0.8 of the attention takes half to three quarters of the blocks of 64 tokens, cosine 0.982, and is
+    a fifth slower in onnxruntime than dense attention: it pays where attention is far sparser, or texts far longer (benchmarks/sparse_attention.py).
     """
 
     pattern: Pattern = "calibrated"
