@@ -20,7 +20,7 @@ from rewright.ir.ops.linear_attention_step import empty
 torch.set_num_threads(1)
 OPS = torch.ops.rewright
 BATCH, TOKENS = Dim("batch", min=1, max=64), Dim("tokens", min=2, max=4096)
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # sums that are not divided by anything reach some tens
 
 
 class Linear(nn.Module):
