@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -29,6 +30,18 @@ def linears_in(graph: Graph, scope: Scope) -> list[fx.Node]:
     else:
         inside = {n for a in attention_blocks(graph) for n in (a.q, a.k, a.v, a.out, *a.other_outs)}
     return [n for n in linears if n in inside]
+
+
+def why_not_chosen(path: str, only: Sequence[str], skip: Sequence[str]) -> str | None:
+    """Why the options `only` and `skip`, prefixes of module paths, leave a layer out, or None."""
+    if only and not any(_within(path, p) for p in only):
+        return f"it is not within only = {', '.join(only)}"
+    hit = next((p for p in skip if _within(path, p)), None)
+    return f"skip names {hit}" if hit else None
+
+
+def _within(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(prefix + ".")
 
 
 def why_not_stored(linear: fx.Node) -> str | None:

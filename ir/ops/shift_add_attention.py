@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._semantic import semantic
+from .linear_attention import wide
 
 
 @semantic("shift_add_attention(Tensor q, Tensor k, Tensor v, Tensor conv, Tensor gain, Tensor? key_mask=None) -> Tensor")
@@ -24,7 +25,7 @@ def shift_add_attention(q: Tensor, k: Tensor, v: Tensor, conv: Tensor, gain: Ten
     """
     values = v if key_mask is None else v.masked_fill(~key_mask[:, None, :, None], 0)
     sums = sums_over_codes(q, k, values)
-    row = _wide(values + sums * (2 / math.pi))  # twice o, for its length goes
+    row = wide(values + sums * (2 / math.pi))  # twice o, for its length goes
     length = torch.linalg.vector_norm(row, dim=-1, keepdim=True).clamp_min(1e-12)
     return (row * (gain.to(row.dtype)[:, None, None] / length)).to(v.dtype) + over_tokens(values, conv)
 
@@ -40,16 +41,12 @@ def code(x: Tensor) -> Tensor:
     Its slope is that of (x - mean) / (2 deviation) within one standard deviation of the mean, and zero beyond. (The slope of a row of length 1
     clipped to [0, 1], as published, recovers less in the same steps; benchmarks/shiftadd_vit.txt.)
     """
-    wide = _wide(x)
-    bits = (wide > wide.mean(-1, keepdim=True)).to(x.dtype)
+    full = wide(x)
+    bits = (full > full.mean(-1, keepdim=True)).to(x.dtype)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return bits
-    ramp = 0.5 * (F.normalize(wide - wide.mean(-1, keepdim=True), dim=-1) * math.sqrt(x.shape[-1])).clamp(-1, 1)
+    ramp = 0.5 * (F.normalize(full - full.mean(-1, keepdim=True), dim=-1) * math.sqrt(x.shape[-1])).clamp(-1, 1)
     return bits + (ramp - ramp.detach()).to(x.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def over_tokens(v: Tensor, conv: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ...ir.errors import RecipeError, UsageError
 from ...ir.graph import Graph
 from ...ir.nodes import argument
 from ..rewrite import Context, GraphPass
+from ..scope import why_not_chosen
 from .block_mass import dropped_mass, mean_mass
 
 ours = torch.ops.rewright
@@ -76,10 +77,8 @@ class SparseAttention(GraphPass):
     def why_not(self, block: AttentionBlock) -> str | None:
         """One sentence why an attention stays dense whatever its pattern, or None."""
         path, node = path_of(block.attention), block.attention
-        if self.only and not _below(path, self.only):
-            return f"it is not within only = {', '.join(self.only)}"
-        if hit := _below(path, self.skip):
-            return f"skip names {hit}"
+        if why := why_not_chosen(path, self.only, self.skip):
+            return why
         if node.target is not ours.attention.default:
             return "its heads are packed; put sparse-attention before pack-heads"
         if block.window is not None:
@@ -180,10 +179,6 @@ class SparseAttention(GraphPass):
                 mean, most = lost[site.attention]
                 said[site] += f", dropped mass {mean:.3f} on average and {most:.3f} at most"
         return [f"sparse-attention: {'; '.join(said.values())}", "sparse-attention: an output moves by twice its dropped mass times the largest value at most"]
-
-
-def _below(path: str, prefixes: tuple[str, ...]) -> str | None:
-    return next((p for p in prefixes if path == p or path.startswith(p + ".")), None)
 
 
 def _replace(graph: Graph, chosen: dict[AttentionBlock, Tensor], block: int, dense: int) -> None:

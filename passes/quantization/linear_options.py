@@ -12,7 +12,7 @@ from ...ir.errors import RecipeError
 from ...ir.graph import Graph
 from ...ir.nodes import argument
 from ..rewrite import Context, GraphPass
-from ..scope import Scope, linears_in
+from ..scope import Scope, linears_in, why_not_chosen
 from ..statistics import Request, Statistics
 from . import reduced_range
 from .gptq import DAMP
@@ -73,10 +73,8 @@ class Linears(GraphPass):
         w: Any = node.args[1]
         b: Any = argument(node, "bias")
         path = node.meta.get("path", "")
-        if self.only and not any(_within(path, p) for p in self.only):
-            return f"it is not within only = {', '.join(self.only)}"
-        if hit := next((p for p in self.skip if _within(path, p)), None):
-            return f"skip names {hit}"
+        if why := why_not_chosen(path, self.only, self.skip):
+            return why
         if why := why_not_stored(graph, node, w, "weight", self.min_weights, self.tied):
             return why
         if b is not None and not graph.is_weight(b):
@@ -160,7 +158,3 @@ class Inserter:
 def inputs_of(node: fx.Node) -> int:
     """The number of input channels of a linear."""
     return int(node.args[1].meta["val"].shape[-1])  # type: ignore[union-attr]
-
-
-def _within(path: str, prefix: str) -> bool:
-    return path == prefix or path.startswith(prefix + ".")

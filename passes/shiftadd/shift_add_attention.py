@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from ...ir.errors import RecipeError
 from ...ir.graph import Graph
 from ...ir.nodes import argument, same_shape
 from ..rewrite import Context, GraphPass
+from ..scope import why_not_chosen
 from ..statistics import Request
 
 aten, ours = torch.ops.aten, torch.ops.rewright
@@ -56,10 +56,8 @@ class ShiftAddAttention(GraphPass):
     def why_not(self, block: AttentionBlock) -> str | None:
         """One sentence why an attention can't be replaced, or None."""
         path, node = path_of(block.attention), block.attention
-        if self.only and not _below(path, self.only):
-            return f"it is not within only = {', '.join(self.only)}"
-        if hit := _below(path, self.skip):
-            return f"skip names {hit}"
+        if why := why_not_chosen(path, self.only, self.skip):
+            return why
         if block.causal:
             return "it is causal; the sums over codes are over all tokens"
         if block.window is not None:
@@ -108,10 +106,6 @@ def in_time(before: float, after: float, target: str) -> str:
     if after < before:
         return f"{before / after:.2f} x as fast on {target}: {times} for the program"
     return f"not faster on {target}: {times}; it buys additions instead of multiplications (modelled energy), not time"
-
-
-def _below(path: str, prefixes: Iterable[str]) -> str | None:
-    return next((p for p in prefixes if path == p or path.startswith(p + ".")), None)
 
 
 def _packed(block: AttentionBlock) -> bool:

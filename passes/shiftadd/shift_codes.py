@@ -36,9 +36,7 @@ def shift_tensors(
     if w.is_meta:
         return {"w": w.new_empty(terms, out, (width + 1) // 2, dtype=torch.uint8), "scale": w.new_empty(terms, out)}
     scale = fitted_scales(w, terms, importance)
-    codes = power_terms(w, scale)
-    if gram is not None:
-        codes = gptq(w, lambda _, column: _rounded(column, scale), gram, damp, act_order, say).permute(2, 1, 0)
+    codes = power_terms(w, scale) if gram is None else gptq(w, lambda _, column: _rounded(column, scale), gram, damp, act_order, say).permute(2, 1, 0)
     scale = _refitted(w, codes, scale, importance if gram is None else gram)
     return {"w": pack_codes(codes), "scale": scale}
 
