@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from ..ir.cost import CAUSAL, is_kind
 from ..ir.errors import InputFileError, UsageError, near
+from ..ir.ops import OPS
 
 TARGETS = Path(__file__).with_name("targets")
 
@@ -55,6 +57,8 @@ class Target:
     """Seconds one kernel launch or op call adds."""
     features: frozenset[str]
     sources: Mapping[str, str] = field(hash=False)
+    efficiency: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Kind of op (ir.cost.NodeCost.kind) -> the share of the roofline it reaches, above 1 where less is done than counted; 1 for a kind without."""
 
     @classmethod
     def load(cls, name: str | Path) -> Target:
@@ -73,9 +77,14 @@ class Target:
         known = (*known_targets(), *(f"cuda:{t.arch}" for t in map(_read, _files()) if t.kind == "cuda"))
         raise UsageError(f"no target {name!r}.{near(name, known)} Known: {', '.join(known)}, or a .toml file")
 
-    def seconds(self, flops: float, bytes: float, launches: int, dtype: str | torch.dtype) -> tuple[float, str]:
-        """Roofline time of some work, a prediction: (seconds, bound), bound in 'compute', 'memory', 'launch'."""
-        parts = {"compute": flops / self._peak(dtype) if flops else 0.0, "memory": bytes / self.bandwidth, "launch": launches * self.launch}
+    def seconds(self, flops: float, bytes: float, launches: int, dtype: str | torch.dtype, kind: str = "") -> tuple[float, str]:
+        """Roofline time of some work, a prediction: (seconds, bound), bound in 'compute', 'memory', 'launch'. kind: whose `efficiency` counts."""
+        share = self.efficiency.get(kind, self.efficiency.get(kind.removesuffix(CAUSAL), 1.0))
+        parts = {
+            "compute": flops / self._peak(dtype) / share if flops else 0.0,
+            "memory": bytes / self.bandwidth / share,
+            "launch": launches * self.launch,
+        }
         return max(parts["compute"], parts["memory"]) + parts["launch"], max(parts, key=parts.__getitem__)
 
     def _peak(self, dtype: str | torch.dtype) -> float:
@@ -115,8 +124,16 @@ def _read(path: Path) -> Target:
     if data["kind"] not in ("cpu", "cuda"):
         raise InputFileError(f"{path}: kind is 'cpu' or 'cuda', not {data['kind']!r}")
     tagged = {**{key: data[key] for key in NUMBERS}, **{f"peak.{dtype}": entry for dtype, entry in data["peak"].items()}}
+    if not isinstance(shares := data.get("efficiency", {}), dict):
+        raise InputFileError(f"{path}: efficiency = {shares!r}; expected a table with an entry an op, as in {TARGETS / 'h200.toml'}")
+    for kind in shares:
+        if not is_kind(kind):
+            raise InputFileError(f"{path}: efficiency.{kind} is no op that is counted.{near(kind, OPS)} All forms of attention are attention")
+    tagged |= {f"efficiency.{kind}": entry for kind, entry in shares.items()}
     for key, entry in tagged.items():
         _check(path, key, entry)
+    if wrong := [f"{kind} = {entry['value']}" for kind, entry in shares.items() if entry["value"] <= 0]:
+        raise InputFileError(f"{path}: an efficiency divides a time and is above 0, not {', '.join(wrong)}")
     # a CPU file that lists no features means the machine we are on: asked, never guessed
     features = data.get("features", cpu_features() if data["kind"] == "cpu" else ())
     return Target(
@@ -127,6 +144,7 @@ def _read(path: Path) -> Target:
         **{key: data[key]["value"] for key in NUMBERS},
         features=frozenset(features),
         sources={key: entry["source"] for key, entry in tagged.items()},
+        efficiency={kind: float(entry["value"]) for kind, entry in shares.items()},
     )
 
 

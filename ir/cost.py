@@ -12,7 +12,9 @@ from torch import Tensor, fx
 
 from .feature_maps import named
 from .graph import Graph
+from .intermediates import intermediate_bytes
 from .nodes import arguments
+from .ops import OPS
 from .ops.linear_attention import CHUNK
 
 aten = torch.ops.aten
@@ -23,10 +25,15 @@ VIEWS = {
 }  # fmt: skip
 """Ops that move no data by themselves."""
 
+CAUSAL = "_causal"
+
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one node or a sum. `bytes` counts every operand read once and every result written once; a multiply-add is 2 FLOPs."""
+    """Of one node or a sum. A multiply-add is 2 FLOPs.
+
+    `bytes` counts every operand read once and every result written once, and what attention without a kernel of its own copies on the way.
+    """
 
     bytes: int = 0
     flops: int = 0
@@ -50,6 +57,8 @@ class NodeCost:
     """Of the arithmetic: int8 or float8 for a product of two quantized operands, else the result's."""
     cost: Cost
     weight_bytes: int
+    kind: str
+    """What shares of a machine's peak are told apart by: the op, of attention one name for all forms, `CAUSAL` behind it where the call is."""
 
 
 def op_name(node: fx.Node) -> str:
@@ -77,10 +86,22 @@ def node_costs(graph: Graph, sizes: Mapping[str, int] | None = None) -> Iterator
         if name == "block_attention":  # the listed blocks are copied, scores written, masked, normalised and read again
             listed, width = _listed(node, size), sum(size(arguments(node)[n].meta["val"].shape[-1]) for n in "qv")
             read += (2 * listed + 6 * listed // width * arguments(node)["block"]) * results[0].element_size()
+        read += intermediate_bytes(node, name, size)
         weights = sum(graph.weight(n).nbytes for n in node.all_input_nodes if graph.is_weight(n))
         dtype = torch.int8 if arguments(node).get("activations", "none") != "none" else _ARITHMETIC.get(name, results[0].dtype)
         found = Cost(read + written, _flops(node, name, results, size), _LAUNCHES.get(name, 1))
-        yield NodeCost(node.name, name, node.meta.get("path", ""), dtype, found, weights)
+        yield NodeCost(node.name, name, node.meta.get("path", ""), dtype, found, weights, _kind(node, name))
+
+
+def _kind(node: fx.Node, name: str) -> str:
+    kind, a = "attention" if name in _QKV else name, arguments(node)
+    return kind + CAUSAL if a.get("causal") or a.get("is_causal") else kind
+
+
+def is_kind(kind: str) -> bool:
+    """Whether a call can be of that kind (`NodeCost.kind`)."""
+    name = kind.removesuffix(CAUSAL)
+    return name == "attention" or name not in _QKV and (name in OPS or hasattr(aten, name))
 
 
 def cost(graph: Graph, sizes: Mapping[str, int] | None = None) -> Cost:
@@ -116,7 +137,7 @@ def _flops(node: fx.Node, name: str, results: list[Tensor], size: Any) -> int:
                 if q.dim() == 4
                 else 4 * numel(q, size) * size(k.shape[-2])
             )
-        case "linear_attention" | "linear_attention_step" | "hybrid_attention":
+        case "linear_attention" | "linear_attention_step" | "hybrid_attention" | "hybrid_attention_step":
             return _linear_attention(node, name, size)
         case "feature_map":
             a = arguments(node)
@@ -147,6 +168,8 @@ def _linear_attention(node: fx.Node, name: str, size: Any) -> int:
         flops += 2 * features * queries * heads
     if name == "hybrid_attention":
         flops += 2 * queries * min(a["window"] * (2 if a["causal"] else 3), queries) * (size(of["q"][-1]) + dv) * heads
+    elif name == "hybrid_attention_step":
+        flops += 2 * size(of["keys"][2]) * (size(of["q"][-1]) + dv) * heads
     elif a.get("causal"):
         flops += 2 * queries * CHUNK * (features + dv) * heads
     return batch * flops
@@ -185,6 +208,7 @@ _LAUNCHES = {
     "block_attention": 20,
     "feature_map": 3,
     "hybrid_attention": 30,
+    "hybrid_attention_step": 40,
     "linear_attention": 6,
     "linear_attention_step": 10,
     "shift_add_attention": 14,

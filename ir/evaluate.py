@@ -1,12 +1,14 @@
-"""Single nodes of a graph, run on the CPU at chosen sizes: what a mask hides, where a channel or a token ends up."""
+"""Parts of a graph, run: single nodes at chosen sizes (what a mask hides, where a channel or a token ends up), chosen values on whole inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from .errors import UsageError
 from .graph import Graph
 from .nodes import number
 
@@ -103,3 +105,16 @@ def is_size(node: fx.Node) -> bool:
 def op_name(node: fx.Node) -> str:
     """An op's name without namespace and overload; nothing for a plain Python function."""
     return node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def values_of(graph: Graph, names: Sequence[str]) -> fx.GraphModule:
+    """Flat inputs -> the values of these nodes: the graph's program over the graph's own weights. UsageError for a name it lacks."""
+    program = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    program.graph_copy(graph.fx, copied)
+    by_name = {old.name: new for old, new in copied.items()}
+    if missing := [n for n in names if n not in by_name]:
+        raise UsageError(f"the graph has no value {missing[0]!r}")
+    program.output(tuple(by_name[n] for n in names))
+    program.eliminate_dead_code()
+    return fx.GraphModule(graph.module, program)

@@ -183,7 +183,7 @@ class Graph:
         if made_of not in self.known:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
             target: Any = node.target
-            with self.fake_mode, torch.no_grad():
+            with self.fake_mode, torch.no_grad(), enable_python_dispatcher() if _may_pad(node) else contextlib.nullcontext():
                 try:
                     _FAKE_LOG.disabled = True  # it would print the failure answered below
                     self.known[made_of] = target(*args, **kwargs)
@@ -307,6 +307,15 @@ def _made_of(node: fx.Node) -> tuple:
     """What `meta["val"]` follows from. Operands count by type, so renaming or replacing one by its equal changes nothing."""
     literals = fx.map_arg((node.args, node.kwargs), lambda n: "%")
     return node.target, str(literals), tuple(_type(n) for n in node.all_input_nodes)
+
+
+def _may_pad(node: fx.Node) -> bool:
+    """Whether constant_pad_nd may meet symbolic sizes: but for its Python decomposition it makes them their examples' numbers, for the whole graph."""
+    target: Any = node.target
+    if getattr(target, "namespace", "") != "rewright" and target not in (torch.ops.aten.constant_pad_nd.default, torch.ops.aten.pad.default):
+        return False
+    values = (n.meta.get("val") for n in node.all_input_nodes)
+    return any(isinstance(s, torch.SymInt) for v in values if isinstance(v, Tensor) for s in v.shape)
 
 
 def _type(node: fx.Node) -> Any:

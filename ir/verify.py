@@ -186,6 +186,8 @@ def check_structure(graph: Graph, before: Graph | None = None, shortens_outputs:
     for node in graph.fx.nodes:
         if node.op == "call_function" and not graph.is_inferred(node):
             _check_node(graph, node)
+    if fixed := [f"{name} = {symbol}" for name, symbol in graph.symbols.items() if symbol.node.expr.is_number]:
+        raise PromiseBroken(f"a dynamic dim was taken for its example's size: {', '.join(fixed)}")
     if before is not None:
         if graph.call is not before.call or [n.target for n in graph.inputs] != [n.target for n in before.inputs]:
             raise PromiseBroken("the signature changed")

@@ -41,6 +41,7 @@ PASSES = {
     "shift-add-attention": "shiftadd.shift_add_attention:ShiftAddAttention",
     "finetune": "training.finetune:Finetune",
     "ternary-import": "shiftadd.ternary_import:TernaryImport",
+    "linear-attention": "linear_attention.linear_attention:LinearAttention",
     "sparse-attention": "linear_attention.sparse_attention:SparseAttention",
     "token-merging": "tokens.token_merging:TokenMerging",
     "visual-token-pruning": "tokens.visual_token_pruning:VisualTokenPruning",

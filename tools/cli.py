@@ -215,10 +215,11 @@ def finetune(
     steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
     minutes: Annotated[float | None, typer.Option(help="End after so much wall time (10 without --steps).")] = None,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
-    loss: Annotated[str, typer.Option(help="auto, kl, mse or cosine.")] = "auto",
+    loss: Annotated[str, typer.Option(help="auto, kl, mse, cosine or attention.")] = "auto",
     temperature: Annotated[float, typer.Option(help="Of the logits.")] = 1.0,
     hidden: Annotated[float, typer.Option(help="Weight of the residual stream's relative error in the loss.")] = 0.0,
-    trainable: Annotated[list[str] | None, typer.Option(help="all, rewritten, or a path of weights; repeat for several.")] = None,
+    lora: Annotated[int, typer.Option(help="Rank of the updates that chosen matrices get, merged in the end; 0: they are trained themselves.")] = 0,
+    trainable: Annotated[list[str] | None, typer.Option(help="all, rewritten, attention, or a path of weights; repeat for several.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile both models.")] = False,
     seed: int = 0,
@@ -235,9 +236,8 @@ def finetune(
     batches = calibration(data, tokenizer=tokenizer) if data is not None else ()
     if checkpoint_of(out).exists():
         print(f"going on from {checkpoint_of(out)}", file=sys.stderr)
-    only = trainable[0] if trainable and trainable[0] in ("all", "rewritten") else trainable or "all"
     options: dict[str, Any] = {"steps": steps, "minutes": minutes, "rate": rate, "loss": loss, "temperature": temperature, "hidden": hidden}
-    options |= {"trainable": only, "precision": precision, "compiled": compiled, "seed": seed, "judgings": judgings}
+    options |= {"lora": lora, "trainable": trainable or "all", "precision": precision, "compiled": compiled, "seed": seed, "judgings": judgings}
     with present.progress() as bar:
         found = finetune_folder(student, load_model(original, inputs), out, batches, progress=bar, **options)
     _print({"student": student, "original": original, "output": out, **found.as_dict()}, as_json, lambda: present.recovery(found, out))

@@ -16,12 +16,13 @@ from torch import Tensor, fx, nn
 from ..ir.blocks.residual import residual_streams
 from ..ir.blocks.vocabulary import is_logits
 from ..ir.errors import UsageError
+from ..ir.evaluate import values_of
 from ..ir.graph import Flat, Graph
 from ..ir.verify import padding_mask, real_rows
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(teacher's rows, student's rows) [rows, channels] in float32 -> scalar, a mean over rows."""
-LossName = Literal["auto", "kl", "mse", "cosine"]
+LossName = Literal["auto", "kl", "mse", "cosine", "attention"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def output_terms(teacher: Graph, student: Graph, loss: LossName = "auto", temper
     Raises UsageError when no output is of floats.
     """
     if loss not in ("auto", "kl", "mse", "cosine"):
-        raise UsageError(f"no loss {loss!r}; there are auto, kl, mse, cosine, and a list of Terms in Python")
+        raise UsageError(f"no loss {loss!r}; there are auto, kl, mse, cosine, attention, and a list of Terms in Python")
     terms, theirs = [], outputs(teacher)
     for i, (t, s) in enumerate(zip(theirs, outputs(student), strict=True)):
         value = t.meta.get("val") if isinstance(t, fx.Node) else None
@@ -106,12 +107,20 @@ class Distillation:
 
     def mean(self, batches: Sequence[Flat]) -> float:
         """The weighted sum over terms, over all batches: each counts by its rows."""
+        return sum(t.weight * d for t, d in zip(self.terms, self.each(batches)))
+
+    def about(self) -> str:
+        """What `mean` is, for a person."""
+        return " + ".join(t.name for t in self.terms)
+
+    def each(self, batches: Sequence[Flat]) -> list[float]:
+        """The distance of each term over all batches."""
         sums, counts = [0.0] * len(self.terms), [0] * len(self.terms)
         for flat in batches:
             for i, (distance, rows) in enumerate(self._distances(flat)):
                 sums[i] += distance.double().item() * rows
                 counts[i] += rows
-        return sum(t.weight * s / max(n, 1) for t, s, n in zip(self.terms, sums, counts))
+        return [s / max(n, 1) for s, n in zip(sums, counts)]
 
     def _distances(self, flat: Flat) -> list[tuple[Tensor, int]]:
         with torch.no_grad():
@@ -120,17 +129,74 @@ class Distillation:
         return [(t.distance(a, b), len(a)) for t, (a, b) in zip(self.terms, rows)]
 
 
-def values_of(graph: Graph, names: Sequence[str]) -> fx.GraphModule:
-    """Flat inputs -> the values of these nodes: the graph's program over the graph's own weights. UsageError for a name it lacks."""
+class AttentionTransfer(Distillation):
+    """Attention transfer (LoLCATs, Zhang et al. 2024, stage 1): each replaced attention alone, for the queries, keys and values its teacher has.
+
+    Layers don't disturb each other, for nothing a student's layer gives reaches the next: many problems in one run.
+    Raises UsageError when the student has every attention of its teacher, or one whose replacement can't be told.
+    """
+
+    def __init__(self, teacher: Graph, student: Graph, compiled: bool = False) -> None:
+        replaced = [(n, _replacement(n, student)) for n in teacher.find(torch.ops.rewright.attention.default)]
+        pairs = [(a, b) for a, b in replaced if b is not None]
+        if not pairs:
+            raise UsageError("no attention of the original was replaced, so that there is none to be learned from; linear-attention replaces some")
+        self.terms = [Term(a.name, b.name, relative_mse, 1 / len(pairs), f"attention {a.meta.get('path') or a.name}") for a, b in pairs]
+        self.valid = padding_mask(teacher)
+        self.both = _beside_teacher(teacher, student, pairs)
+        if compiled:
+            self.both.compile()
+
+    def about(self) -> str:
+        return f"mean relative squared error of {len(self.terms)} attention{'s' if len(self.terms) > 1 else ''} alone"
+
+    def _distances(self, flat: Flat) -> list[tuple[Tensor, int]]:
+        mask, found = self.valid(flat), self.both(*flat)
+        rows = [_rows(x.transpose(1, 2).flatten(2), mask) for x in found]
+        return [(t.distance(rows[2 * i], rows[2 * i + 1]), len(rows[2 * i])) for i, t in enumerate(self.terms)]
+
+
+def _replacement(attention: fx.Node, student: Graph) -> fx.Node | None:
+    """What the reader of an attention reads in the student; None where that is still the attention."""
+    by_name = {n.name: n for n in student.nodes}
+    if (same := by_name.get(attention.name)) is not None and same.target is attention.target:
+        return None
+    for user in attention.users:
+        twin = by_name.get(user.name)
+        if twin is not None and twin.target is user.target:
+            found = [b for a, b in zip(user.args, twin.args) if a is attention]
+            if found and isinstance(found[0], fx.Node):
+                return found[0]
+    where = attention.meta.get("path") or attention.name
+    raise UsageError(f"attention transfer can't tell what stands for {where} in the student: put it right behind the pass that replaces attention")
+
+
+def _beside_teacher(teacher: Graph, student: Graph, pairs: Sequence[tuple[fx.Node, fx.Node]]) -> fx.GraphModule:
+    """Flat inputs -> attention, its replacement, attention, ...: the teacher's program, and what the student computes from the teacher's values."""
     program = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
-    program.graph_copy(graph.fx, copied)
-    by_name = {old.name: new for old, new in copied.items()}
-    if missing := [n for n in names if n not in by_name]:
-        raise UsageError(f"the graph has no value {missing[0]!r}")
-    program.output(tuple(by_name[n] for n in names))
+    program.graph_copy(teacher.fx, copied)
+    theirs = {n.name: n for n in teacher.fx.nodes if n.op in ("call_function", "placeholder")}
+    weights: dict[str, Any] = {name: w.detach() for name, w in teacher.weights().items()}
+
+    def take(node: fx.Node) -> fx.Node:
+        if node in copied:
+            return copied[node]
+        same = theirs.get(node.name)
+        if same is not None and same.target == node.target:
+            return copied[same]
+        if node.op == "get_attr":
+            weights[f"student.{node.target}"] = student.weight(node)
+            copied[node] = program.get_attr(f"student.{node.target}")
+        else:
+            for operand in node.all_input_nodes:
+                take(operand)
+            copied[node] = program.node_copy(node, take)
+        return copied[node]
+
+    program.output(tuple(n for a, b in pairs for n in (copied[a], take(b))))
     program.eliminate_dead_code()
-    return fx.GraphModule(graph.module, program)
+    return fx.GraphModule(weights, program)
 
 
 def _rows(value: Tensor, mask: Tensor | None) -> Tensor:

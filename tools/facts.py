@@ -128,7 +128,8 @@ def target_rows() -> list[dict[str, Any]]:
     for name in known_targets():
         t = Target.load(name)
         found.append(
-            {"name": name, "kind": t.kind, "arch": t.arch, "peak": dict(t.peak), "bandwidth": t.bandwidth, "launch": t.launch, "sources": dict(t.sources)}
+            {"name": name, "kind": t.kind, "arch": t.arch, "peak": dict(t.peak), "bandwidth": t.bandwidth, "launch": t.launch}
+            | {"efficiency": dict(t.efficiency), "sources": dict(t.sources)}
         )
     return found
 

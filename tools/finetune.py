@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +18,11 @@ from ..ir.verify import compare, padding_mask
 from ..passes.pipeline import Outcome, Pipeline, Record
 from ..passes.recipe import Recipe
 from ..passes.statistics.keys import data_key, hashed, weight_key
+from .ablation import ablation
 from .calibration import calibration
-from .distillation import Distillation, LossName, Term, alike, hidden_terms, output_terms, outputs
+from .distillation import AttentionTransfer, Distillation, LossName, Term, alike, hidden_terms, output_terms, outputs
 from .finetuned import DRIFT, Finetuned, Metric
+from .lora import LowRankUpdates
 from .models import Loaded, as_flat, runner_of
 from .optimize import Progress, Result, batches_of, load, loaded_from, silent
 from .trainable import choose, with_own_weights
@@ -44,6 +47,7 @@ def finetune(
     loss: LossName | Sequence[Term] = "auto",
     temperature: float = 1.0,
     hidden: float = 0.0,
+    lora: int = 0,
     trainable: str | Sequence[str] = "all",
     precision: Precision = "auto",
     compiled: bool = False,
@@ -61,13 +65,16 @@ def finetune(
     steps, minutes: the end, whichever comes first; 10 minutes without either. With steps alone the same seed gives the same
       weights, also to a run that was stopped and went on from its `checkpoint` (a file; the caller removes it).
     rate: peak of the learning rate, reached in `warm_up` steps; over the last `decay` of the run it falls to nothing.
-    loss: "auto" (KL of logits, relative squared error of other outputs), "kl", "mse", "cosine", or Terms over values of the
-      two graphs. temperature: softens logits. hidden: weight of the residual stream's relative squared error beside it.
-    trainable: "all", "rewritten" (weights the original lacks or holds otherwise), or paths of modules or weights.
+    loss: "auto" (KL of logits, relative squared error of other outputs), "kl", "mse", "cosine", "attention" (each replaced attention
+      alone, for the values its teacher has: AttentionTransfer), or Terms over values of the two graphs.
+    temperature: softens logits. hidden: weight of the residual stream's relative squared error beside it.
+    lora: rank of the updates that chosen matrices of the original get, merged into them in the end; 0: they are trained themselves.
+    trainable: one or several of "all", "rewritten" (weights the original lacks or holds otherwise), "attention" (the linears around the
+      original's attentions), and paths of modules or weights.
     precision: of the steps' products: "bf16" autocast, "fp32", or what the machine is faster with. Judgings are in full precision.
     compiled: torch.compile both programs: faster steps after about a minute.
-    judgings: looks at held-out data along the way. The weights with the least drift (the "auto" loss on held-out data) are
-      given back: those of the start if none is better. metric: module -> number, for the curve; a zoo model has its own.
+    judgings: looks at held-out data along the way. The weights with the least drift (the "auto" loss on held-out data; for "attention" that
+      loss) are given back: those of the start if none is better. metric: module -> number, for the curve; a zoo model has its own.
     Raises UsageError for nothing to train, no data, an end or a loss that does not exist, graphs that take or give other values.
     """
     given = _as_result(student)
@@ -79,21 +86,22 @@ def finetune(
         check_writable(Path(checkpoint))
     recovered = with_own_weights(given.graph)
     chosen = choose(recovered, reference, trainable)
-    judged = output_terms(reference, recovered)
-    terms = output_terms(reference, recovered, loss, temperature) if isinstance(loss, str) else list(loss)
-    terms += hidden_terms(reference, recovered, hidden) if hidden else []
-    lesson, exam = Distillation(reference, recovered, terms, compiled), Distillation(reference, recovered, judged)
+    updates = LowRankUpdates(recovered, reference, chosen, lora, seed) if lora else None
+    chosen = chosen if updates is None else updates.trained
+    lesson = _lesson(reference, recovered, loss, temperature, hidden, compiled)
+    exam_of = partial(AttentionTransfer if loss == "attention" else _by_outputs, reference)
+    exam = exam_of(recovered)
     data = _data(original, reference, batches, seed)
     own, measure = _metric(original, reference, metric)
     autocast = _autocast(precision, next(iter(chosen.values())).device.type)
 
-    def judge() -> Mapping[str, float]:
-        found = {DRIFT: exam.mean(data.held_out)}
-        return found | {own.name: measure(recovered.module)} if own is not None else found
+    def measured(graph: Graph, by: Distillation) -> dict[str, float]:
+        found = {DRIFT: by.mean(data.held_out)}
+        return found | {own.name: measure(graph.module)} if own is not None else found
 
     how: dict[str, Any] = {"steps": steps, "minutes": 10.0 if steps is None and minutes is None else minutes, "rate": rate, "warm_up": warm_up}
     how |= {"decay": decay, "weight_decay": weight_decay, "clip": clip, "judgings": judgings}
-    settings = {**how, "terms": [t.name or f"{t.student} like {t.teacher}" for t in terms], "temperature": temperature, "hidden": hidden}
+    settings = {**how, "terms": [t.name or f"{t.student} like {t.teacher}" for t in lesson.terms], "temperature": temperature, "hidden": hidden, "lora": lora}
     settings |= {"trainable": trainable, "precision": "fp32" if autocast is None else "bf16", "compiled": compiled, "seed": seed, "data": data.about}
     made_of = hashed(*(weight_key(g, name, {}) for g in (given.graph, reference) for name in g.weights()), data.key)
 
@@ -102,10 +110,16 @@ def finetune(
         progress(f"step {row['step']:.0f}, {DRIFT} {row[DRIFT]:.4g}", round(1000 * min(1.0, task.share(int(row["step"] or 0), trained.seconds))), 1000)
 
     same = {**settings, "student, original and data": made_of}
-    task = Training(chosen, lambda step: lesson.loss(data.batch(step)), judge, **how, autocast=autocast, best=DRIFT, settings=same)
+    task = Training(chosen, lambda step: lesson.loss(data.batch(step)), lambda: measured(recovered, exam), **how, autocast=autocast, best=DRIFT, settings=same)
+    first = exam.each(data.held_out) if len(exam.terms) > 1 else []
     trained = train(task, None if checkpoint is None else Path(checkpoint), seen)
+    layers = {t.name: (a, b) for t, a, b in zip(exam.terms, first, exam.each(data.held_out) if first else [])}
+    if updates is not None:
+        updates.merge()
     for name, weight in given.graph.weights().items():
         recovered.weight(name).requires_grad_(weight.requires_grad)
+    best = {k: v for k in (DRIFT, own.name if own is not None else DRIFT) if (v := trained.curve[trained.best][k]) is not None}
+    parts = ablation(recovered, lambda g: measured(g, exam_of(g)), best)
     drift = compare(reference.run, recovered.run, data.held_out[:4], padding_mask(reference))
     record = Record("finetune", settings, exact=False, matched=len(chosen), applied=len(chosen) if trained.best else 0, measured=drift.as_dict())
     record.seconds, record.layers = trained.seconds, list(chosen) if trained.best else []
@@ -116,12 +130,27 @@ def finetune(
         Result(outcome, given.recipe, [*given.inputs[:1], *data.held_out[:4]], given.name or original.name, given.calibration),
         trained,
         tuple(settings["terms"]),
-        " + ".join(t.name for t in judged),
+        exam.about(),
         data.about,
         elements,
         own,
         f"{settings['precision']}{', compiled' if compiled else ''}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
+        layers,
+        parts,
     )
+
+
+def _lesson(teacher: Graph, student: Graph, loss: LossName | Sequence[Term], temperature: float, hidden: float, compiled: bool) -> Distillation:
+    if loss == "attention":
+        if hidden:
+            raise UsageError("attention transfer looks at each layer alone and has no place for hidden values; give hidden = 0")
+        return AttentionTransfer(teacher, student, compiled)
+    terms = output_terms(teacher, student, loss, temperature) if isinstance(loss, str) else list(loss)
+    return Distillation(teacher, student, terms + (hidden_terms(teacher, student, hidden) if hidden else []), compiled)
+
+
+def _by_outputs(teacher: Graph, student: Graph) -> Distillation:
+    return Distillation(teacher, student, output_terms(teacher, student))
 
 
 def finetune_folder(student: str | Path, teacher: str | Path | Loaded, out: str | Path, batches: Iterable[Any] | str | Path = (), **options: Any) -> Finetuned:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..ir.graph import Graph
+from . import ablation
 from .optimize import Result
 from .training import Row, Trained
 
@@ -42,6 +43,10 @@ class Finetuned:
     metric: Metric | None = None
     conditions: str = ""
     """Precision, threads, versions."""
+    layers: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Where `drift` is a mean over layers: of each before and after."""
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of a program with linear attention: drift and metric whole and with one part switched off (tools.ablation)."""
 
     @property
     def graph(self) -> Graph:
@@ -84,8 +89,9 @@ class Finetuned:
         """What came back and how long it took, in one line."""
         minutes = f"{self.seconds / 60:.1f} minutes"
         early = f" ({self.trained.stopped})" if self.trained.stopped else ""
+        parts = "".join(f"; ablation: {ablation.sentence(self.parts, key)}" for key in list(self.parts.get(ablation.WHOLE, ()))[-1:])
         if not self.improved:
-            return f"nothing came back in {minutes}: no weights were better than the first on held-out data, which are given back{early}"
+            return f"nothing came back in {minutes}: no weights were better than the first on held-out data, which are given back{early}{parts}"
         first, best = self._ends(DRIFT)
         found = f"{100 * self.drift_back():.0f} % of the loss came back in {minutes}{early}: {self.drift} {first:.4g} -> {best:.4g}"
         if self.metric is not None:
@@ -93,7 +99,7 @@ class Finetuned:
             back = self.metric_back()
             share = f", {100 * back:.0f} % of what it had lost" if back is not None else ""
             found += f"; {self.metric.name} {before:.4g} -> {after:.4g} (original {self.metric.original:.4g}){share}"
-        return found
+        return found + parts
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

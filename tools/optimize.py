@@ -244,7 +244,7 @@ def _seconds(c: NodeCost, machine: Target) -> tuple[float, str]:
     from ..backends.target import NAMES
 
     name = NAMES.get(c.dtype, "fp32")
-    return machine.seconds(c.cost.flops, c.cost.bytes, c.cost.launches, name if name in machine.peak else "fp32")
+    return machine.seconds(c.cost.flops, c.cost.bytes, c.cost.launches, name if name in machine.peak else "fp32", c.kind)
 
 
 def verify(a: nn.Module | Graph, b: nn.Module | Graph, inputs: Any) -> Drift:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..ir.blocks import attention_blocks
 from ..ir.errors import UsageError, near
 from ..ir.graph import Graph, owner_of
 
@@ -27,26 +28,22 @@ def with_own_weights(graph: Graph) -> Graph:
 def choose(graph: Graph, original: Graph, trainable: str | Sequence[str]) -> dict[str, nn.Parameter]:
     """The parameters to train, by name, a tied one once; gradients of all others are switched off.
 
-    trainable: "all", "rewritten" (those the original lacks or holds otherwise), or paths of weights or modules.
-    Raises UsageError when that chooses nothing, a path names nothing, or a weight is of less than 32 bits.
+    trainable: one or several of "all", "rewritten" (those the original lacks or holds otherwise), "attention" (of the linears that
+    make q, k and v and read the output of the original's attentions), and paths of weights or modules.
+    Raises UsageError when one of them chooses nothing, a path names nothing, or a weight is of less than 32 bits.
     """
     candidates = {name: p for name, p in graph.weights().items() if isinstance(p, nn.Parameter) and p.is_floating_point() and p.dtype.itemsize > 1}
     if graph.on_meta:
         raise UsageError("the graph has no weights to train: it was captured without data; Graph.materialize fills it")
     if not candidates:
         raise UsageError("nothing to train: the graph has no float weights (codes of a quantized one are not trained; finetune before quantizing)")
-    if trainable == "all":
-        names = list(candidates)
-    elif trainable == "rewritten":
-        names = _rewritten(candidates, original.weights())
-        if not names:
-            raise UsageError("nothing to train: every float weight is the original's, no rewrite made one; trainable='all' trains them")
-    else:
-        names = _below(graph, candidates, [trainable] if isinstance(trainable, str) else trainable)
+    names: list[str] = []
+    for one in [trainable] if isinstance(trainable, str) else trainable:
+        names += _CHOICES[one](candidates, original) if one in _CHOICES else _below(graph, candidates, one)
     for p in candidates.values():
         p.requires_grad_(False)
     chosen: dict[int, tuple[str, nn.Parameter]] = {}
-    for name in names:
+    for name in dict.fromkeys(names):
         p = candidates[name]
         if p.dtype.itemsize < 4:
             raise UsageError(f"{name} is {p.dtype}, in which small steps are lost; finetune the model in float32 and cast it afterwards")
@@ -55,21 +52,38 @@ def choose(graph: Graph, original: Graph, trainable: str | Sequence[str]) -> dic
     return dict(chosen.values())
 
 
-def _rewritten(candidates: dict[str, nn.Parameter], theirs: dict[str, Tensor]) -> list[str]:
-    return [n for n, p in candidates.items() if n not in theirs or theirs[n].shape != p.shape or not torch.equal(theirs[n].to(p.dtype), p)]
+def _all(candidates: dict[str, nn.Parameter], original: Graph) -> list[str]:
+    return list(candidates)
 
 
-def _below(graph: Graph, candidates: dict[str, nn.Parameter], paths: Sequence[str]) -> list[str]:
-    """Weights whose name, or the module of a call that reads them, is a path or lies below one."""
-    found: list[str] = []
+def _rewritten(candidates: dict[str, nn.Parameter], original: Graph) -> list[str]:
+    theirs = original.weights()
+    found = [n for n, p in candidates.items() if n not in theirs or theirs[n].shape != p.shape or not torch.equal(theirs[n].to(p.dtype), p)]
+    if not found:
+        raise UsageError("nothing to train: every float weight is the original's, no rewrite made one; trainable='all' trains them")
+    return found
+
+
+def _attention(candidates: dict[str, nn.Parameter], original: Graph) -> list[str]:
+    linears = {x for b in attention_blocks(original) for p in (b.to_q, b.to_k, b.to_v) for x in p.linears} | {b.out for b in attention_blocks(original)}
+    names = {str(w.target) for x in linears if x is not None for w in x.all_input_nodes if original.is_weight(w)}
+    found = [n for n in candidates if n in names]
+    if not found:
+        raise UsageError("nothing to train: the graph has none of the weights of its original's attentions")
+    return found
+
+
+_CHOICES = {"all": _all, "rewritten": _rewritten, "attention": _attention}
+
+
+def _below(graph: Graph, candidates: dict[str, nn.Parameter], path: str) -> list[str]:
+    """Weights whose name, or the module of a call that reads them, is a path or lies below it."""
     places = {n: [n, *(_path(user) for w in graph.fx.find_nodes(op="get_attr", target=n) for user in w.users)] for n in candidates}
-    for path in paths:
-        hits = [n for n, where in places.items() if any(x == path or x.startswith(f"{path}.") for x in where)]
-        if not hits:
-            known = {".".join(parts[:i]) for where in places.values() for x in where for parts in [x.split(".")] for i in range(1, len(parts) + 1)}
-            raise UsageError(f"nothing to train at {path!r}: no float weight and no module with one has that path.{near(path, sorted(known))}")
-        found += hits
-    return list(dict.fromkeys(found))
+    hits = [n for n, where in places.items() if any(x == path or x.startswith(f"{path}.") for x in where)]
+    if not hits:
+        known = {".".join(parts[:i]) for where in places.values() for x in where for parts in [x.split(".")] for i in range(1, len(parts) + 1)}
+        raise UsageError(f"nothing to train at {path!r}: no float weight and no module with one has that path.{near(path, sorted(known))}")
+    return hits
 
 
 def _path(node: fx.Node) -> str:

@@ -30,6 +30,7 @@ Profile = Literal["ort", "pure"]
 FORMS: dict[str, dict[Profile, int]] = {
     "add_layer_norm": {"ort": 17},
     "attention": {"ort": 23},
+    "block_attention": {"ort": 13, "pure": 13},
     "block_dense_linear": {"ort": 13, "pure": 13},
     "block_shuffle_linear": {"ort": 13, "pure": 13},
     "embedding_nbits": {"ort": 14},

@@ -11,6 +11,7 @@ from . import embedding_nbits as embedding_nbits
 from . import feature_map as feature_map
 from . import grouped_linear as grouped_linear
 from . import hybrid_attention as hybrid_attention
+from . import hybrid_attention_step as hybrid_attention_step
 from . import linear_attention as linear_attention
 from . import linear_attention_step as linear_attention_step
 from . import linear_fp8 as linear_fp8
@@ -46,6 +47,7 @@ OPS = (
     "feature_map",
     "grouped_linear",
     "hybrid_attention",
+    "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
     "linear_fp8",

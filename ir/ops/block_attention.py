@@ -41,7 +41,7 @@ def block_attention(
     listed = blocks[:, :count]
     there = (listed >= 0) & (listed < count)
     listed = torch.where(there, listed, 0)
-    keys, values = (_gathered(x, listed, rows.shape[1]) for x in (keys, values))  # [B, H, n, slots * block, D]
+    keys, values = (gathered(x, listed, rows.shape[1]) for x in (keys, values))  # [B, H, n, slots * block, D]
     position = (listed[..., None] * block + torch.arange(block, device=q.device)).flatten(-2)  # [H or 1, n, slots * block]
     seen = (position < tokens) & there[..., None].expand(*there.shape, block).flatten(-2)
     seen = seen[None, :, :, None]  # [1, H or 1, n, 1, slots * block]
@@ -61,8 +61,8 @@ def block_attention(
     return torch.cat([attention(q[:, :, :dense], k, v, key_mask, causal, None, scale), y[:, :, dense:]], 2)
 
 
-def _gathered(x: Tensor, listed: Tensor, heads: int) -> Tensor:
-    """Blocks [B, Hkv, n, block, D] as listed [H or 1, n, slots] -> [B, H, n, slots * block, D]."""
+def gathered(x: Tensor, listed: Tensor, heads: int) -> Tensor:
+    """Blocks [B, Hkv, m, block, D] as listed [H or 1, n, slots] -> [B, H, n, slots * block, D]."""
     kv_heads, count = x.shape[1:3]
     if listed.shape[0] == 1:
         found = x.index_select(2, listed.flatten()).unflatten(2, listed.shape[1:])
@@ -71,7 +71,7 @@ def _gathered(x: Tensor, listed: Tensor, heads: int) -> Tensor:
     else:
         head = torch.arange(heads, device=x.device) // (heads // kv_heads)
         flat = (head[:, None, None] * count + listed).flatten()
-        found = x.flatten(1, 2).index_select(1, flat).unflatten(1, (heads, count, -1))
+        found = x.flatten(1, 2).index_select(1, flat).unflatten(1, listed.shape)
     return found.flatten(3, 4)
 
 

@@ -15,8 +15,8 @@ from ...ir.errors import RecipeError, UsageError
 from ...ir.graph import Graph
 from ...ir.nodes import argument
 from ..rewrite import Context, GraphPass
-from ..scope import why_not_chosen
 from .block_mass import dropped_mass, mean_mass
+from .sites import longest, longest_sizes, predicted, why_not_plain
 
 ours = torch.ops.rewright
 
@@ -35,8 +35,8 @@ class SparseAttention(GraphPass):
     What is dropped bounds the error: |y - y'| <= 2 (dropped mass) max |v|; the notes have both densities and dropped mass on held-out data.
     Declines attention over two sequences, windowed, biased, capped or with token sizes, packed heads (put it before pack-heads), layers whose
     density is above `most_density`, and, unless force, programs that are not predicted to get faster on the target.
-    Lossy: on MiniLM with 512 tokens, keeping 0.8 of the attention takes half to three quarters of the blocks of 64 tokens, cosine 0.982, and is
-    a fifth slower in onnxruntime than dense attention: it pays where attention is far sparser, or texts far longer (benchmarks/sparse_attention.py).
+    Lossy: on MiniLM with 512 tokens, keeping 0.8 of the attention takes half to three quarters of the blocks of 64 tokens, cosine 0.982, and takes
+    as long in onnxruntime as dense attention: it pays where attention is far sparser, or texts far longer (benchmarks/sparse_attention.txt).
     """
 
     pattern: Pattern = "calibrated"
@@ -76,19 +76,10 @@ class SparseAttention(GraphPass):
 
     def why_not(self, block: AttentionBlock) -> str | None:
         """One sentence why an attention stays dense whatever its pattern, or None."""
-        path, node = path_of(block.attention), block.attention
-        if why := why_not_chosen(path, self.only, self.skip):
+        if why := why_not_plain(block, self.name, self.only, self.skip):
             return why
-        if node.target is not ours.attention.default:
-            return "its heads are packed; put sparse-attention before pack-heads"
-        if block.window is not None:
-            return f"it looks at a window of {block.window} tokens already"
-        if block.bias is not None:
-            return "its scores have a bias, which block_attention does not add"
-        if block.softcap is not None:
-            return f"its scores are capped at {block.softcap:g}, which block_attention does not do"
-        if argument(node, "sizes") is not None:
-            return "its tokens count by sizes (merged tokens), which block_attention does not know"
+        if argument(block.attention, "sizes") is not None:
+            return "its tokens count by sizes (merged tokens), which sparse-attention has no place for"
         if block.kind not in ("self", "latent"):
             return f"it is {block.kind} attention: its queries and keys are not of the same tokens"
         return None
@@ -111,10 +102,9 @@ class SparseAttention(GraphPass):
         sparse = graph.draft()
         _replace(sparse, chosen, self.block, self.global_tokens)
         if context.predict is not None:
-            sizes = self._sizes(graph, chosen)
+            sizes = longest_sizes(graph, chosen, self.name, self.tokens)
             before, after = (context.predict(g, sizes) if sizes else context.predict(g) for g in (graph, sparse))
-            times = f"predicted {1e6 * after:,.0f} us sparse against {1e6 * before:,.0f} us dense on {getattr(context.target, 'name', 'the target')}"
-            times += "".join(f", {name} {size}" for name, size in sizes.items())
+            times = predicted(before, after, sizes, getattr(context.target, "name", "the target"))
             if after >= before and not self.force:
                 for site in chosen:
                     context.decline(site.attention, f"the program would not get faster: {times}; force = true does it all the same")
@@ -126,7 +116,7 @@ class SparseAttention(GraphPass):
         return sparse
 
     def _patterns(self, graph: Graph, context: Context, sites: list[AttentionBlock]) -> dict[AttentionBlock, Tensor]:
-        counts = {site: -(-self._longest(graph, site) // self.block) for site in sites}
+        counts = {site: -(-longest(graph, site, self.name, self.tokens) // self.block) for site in sites}
         if self.pattern != "calibrated":
             reach = 0 if self.pattern == "diagonal" else -(-self.window // self.block)
             sinks = 0 if self.pattern == "diagonal" else max(self.sinks, bool(self.global_tokens))
@@ -146,24 +136,6 @@ class SparseAttention(GraphPass):
             if slots == mass.shape[-1] or kept(mass, blocks)[seen].mean() >= self.mass:
                 return blocks
             slots += 1
-
-    def _longest(self, graph: Graph, site: AttentionBlock) -> int:
-        """Tokens the pattern is made for. Raises UsageError when neither the graph nor the option says."""
-        tokens = site.attention.args[0].meta["val"].shape[2]  # type: ignore[union-attr]
-        if isinstance(tokens, int):
-            return tokens
-        if self.tokens is not None:
-            return self.tokens
-        highs = [graph.dims[name].high for name, symbol in graph.symbols.items() if symbol.node.expr == tokens.node.expr]
-        if not highs or highs[0] is None:
-            raise UsageError("sparse-attention makes patterns for a longest input, and the graph sets no limit; give tokens")
-        return highs[0]
-
-    def _sizes(self, graph: Graph, chosen: dict[AttentionBlock, Tensor]) -> dict[str, int]:
-        """Dynamic dims of tokens at the longest input: there the prediction is made."""
-        tokens = {site: site.attention.args[0].meta["val"].shape[2] for site in chosen}  # type: ignore[union-attr]
-        names = {str(symbol.node.expr): name for name, symbol in graph.symbols.items()}
-        return {names[str(n.node.expr)]: self._longest(graph, s) for s, n in tokens.items() if not isinstance(n, int) and str(n.node.expr) in names}
 
     def _too_dense(self, share: float) -> str:
         why = f"keeping {self.mass:g} of its attention" if self.pattern == "calibrated" else "the pattern"

@@ -35,14 +35,18 @@ class Finetune(GraphPass):
     weight_decay: float = 0.0
     clip: float = 1.0
     """Largest norm of the gradient."""
-    loss: Literal["auto", "kl", "mse", "cosine"] = "auto"
-    """auto: KL of logits, relative squared error of other outputs."""
+    loss: Literal["auto", "kl", "mse", "cosine", "attention"] = "auto"
+    """auto: KL of logits, relative squared error of other outputs. attention: each replaced attention alone, for the queries, keys and values its
+    teacher has (attention transfer; right behind linear-attention)."""
     temperature: float = 1.0
     """Of the logits."""
     hidden: float = 0.0
     """Weight of the residual stream's relative error in the loss."""
+    lora: int = 0
+    """Rank of the updates that chosen matrices of the original get, merged in the end; 0: they are trained themselves."""
     trainable: str | tuple[str, ...] = "all"
-    """all, rewritten (weights the original lacks or holds otherwise), or paths of modules or weights."""
+    """One or several of all, rewritten (weights the original lacks or holds otherwise), attention (the linears around the original's
+    attentions), and paths of modules or weights."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compiled: bool = False
     """torch.compile both programs: faster steps after about a minute."""
@@ -57,6 +61,8 @@ class Finetune(GraphPass):
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1 or self.minutes is not None and self.minutes <= 0:
             raise RecipeError(f"finetune ends after steps or minutes above 0; got steps = {self.steps}, minutes = {self.minutes}")
+        if self.lora < 0:
+            raise RecipeError(f"finetune: lora is a rank, at least 0; got {self.lora}")
         if self.rate <= 0:
             raise RecipeError(f"finetune needs a rate above 0; got {self.rate:g}")
 
@@ -64,7 +70,7 @@ class Finetune(GraphPass):
         if context.finetune is None:
             context.decline(graph.output, NOT_TRAINED)
             return graph
-        if context.ignore and self.trainable == "all":
+        if context.ignore and "all" in ((self.trainable,) if isinstance(self.trainable, str) else self.trainable):
             what = ", ".join(context.ignore)
             raise UsageError(f'finetune: {what} is to be left alone, and trainable = "all" trains it too; give trainable = "rewritten" or paths to train')
         found = context.finetune(graph, dataclasses.asdict(self))

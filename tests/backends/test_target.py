@@ -16,9 +16,10 @@ from rewright.ir.errors import InputFileError, UsageError
 def test_every_number_of_a_shipped_target_says_where_it_comes_from(name: str) -> None:
     target = Target.load(name)
     assert target.name == name
-    assert set(target.sources) == {"bandwidth", "l2", "shared", "sms", "launch", *(f"peak.{d}" for d in target.peak)}
+    tables = {*(f"peak.{d}" for d in target.peak), *(f"efficiency.{k}" for k in target.efficiency)}
+    assert set(target.sources) == {"bandwidth", "l2", "shared", "sms", "launch"} | tables
     assert set(target.sources.values()) <= set(SOURCES)
-    assert min(target.bandwidth, target.launch, *target.peak.values()) > 0
+    assert min(target.bandwidth, target.launch, *target.peak.values(), *target.efficiency.values()) > 0
 
 
 @pytest.mark.parametrize(("arch", "name"), [("sm_80", "a100"), ("sm_90", "h200"), ("sm_100", "b200")])
@@ -39,6 +40,47 @@ def test_roofline_is_the_larger_of_compute_and_memory_plus_launches() -> None:
     assert target.seconds(100, 40, 2, "bf16") == (2 + 1.0, "memory")
     assert target.seconds(100, 20, 10, "bf16") == (1 + 5.0, "launch")
     assert target.seconds(0, 20, 0, torch.int64) == (1, "memory")  # copying needs no peak
+
+
+def test_efficiency_divides_the_roofline_of_its_kind_but_not_the_launches() -> None:
+    shares = {"attention": 0.5, "linear_attention": 2.0, "linear_attention_causal": 4.0}
+    target = Target("t", "cuda", "sm_0", {"bf16": 100.0}, 20.0, 0, 0, 1, 0.5, frozenset(), {}, shares)
+    assert target.seconds(400, 20, 1, "bf16", "attention") == (8 + 0.5, "compute")
+    assert target.seconds(100, 40, 2, "bf16", "attention") == (4 + 1.0, "memory")
+    assert target.seconds(400, 20, 1, "bf16", "attention_causal") == (8 + 0.5, "compute")  # as the op itself where it has no entry
+    assert target.seconds(400, 20, 1, "bf16", "linear_attention_causal") == (1 + 0.5, "compute")
+    assert target.seconds(400, 20, 1, "bf16", "linear") == target.seconds(400, 20, 1, "bf16") == (4 + 0.5, "compute")
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("linear = 0.5", "efficiency.linear = 0.5; expected { value = NUMBER, source"),
+        ('linear = { value = 0, source = "measured" }', "an efficiency divides a time and is above 0, not linear = 0"),
+        ('linear_atention = { value = 1, source = "measured" }', "efficiency.linear_atention is no op that is counted. Did you mean 'linear_attention'"),
+        ('multi_head_attention = { value = 1, source = "measured" }', "All forms of attention are attention"),
+    ],
+)
+def test_a_wrong_efficiency_is_refused_and_says_why(tmp_path: Path, entry: str, said: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text((TARGETS / "cpu.toml").read_text() + entry + "\n")
+    with pytest.raises(InputFileError) as caught:
+        Target.load(file)
+    assert said in str(caught.value)
+    assert "bad.toml" in str(caught.value)
+
+
+def test_efficiency_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text("efficiency = 0.5\n" + (TARGETS / "cpu.toml").read_text().partition("[efficiency]")[0])
+    with pytest.raises(InputFileError, match="bad.toml: efficiency = 0.5; expected a table with an entry an op"):
+        Target.load(file)
+
+
+def test_a_target_without_efficiencies_reaches_its_roofline(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text((TARGETS / "cpu.toml").read_text().partition("[efficiency]")[0])
+    assert Target.load(file).efficiency == {}
 
 
 def test_a_dtype_without_a_peak_is_refused() -> None:

@@ -83,6 +83,41 @@ def test_dropped_mass_bounds_the_error() -> None:
     assert (error > 0.1 * dropped * largest).any()
 
 
+def logsumexp(q: Tensor, k: Tensor, shown: Tensor, scale: float) -> Tensor:
+    """[B, H, N, 1]: of the scores of the keys a query is shown; -inf where there are none."""
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scale
+    return torch.where(shown, scores, -torch.inf).logsumexp(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize(("causal", "masked"), [(False, False), (True, False), (False, True), (True, True)])
+def test_disjoint_patterns_merge_by_their_log_sums(causal: bool, masked: bool, parts: int) -> None:
+    """sigmoid(l1 - l2) o1 + sigmoid(l2 - l1) o2, part after part: some queries see keys in one part alone, in another none."""
+    torch.manual_seed(0)
+    tokens, block, count, scale = 45, 8, 6, 0.6
+    q, k, v = (torch.randn(2, heads, tokens, width, dtype=torch.float64) for heads, width in ((4, 8), (2, 8), (2, 5)))
+    mask = torch.rand(2, tokens) < 0.4 if masked else None
+    every = torch.rand(4, count, count).argsort(-1)  # [heads, query blocks, key blocks], no two heads alike
+    every[..., -1] = torch.where(torch.rand(4, count) < 0.5, every[..., -1], -1)
+    visible = torch.ones(tokens, tokens, dtype=torch.bool).tril() if causal else torch.ones(tokens, tokens, dtype=torch.bool)
+    visible = visible & (mask[:, None, None] if mask is not None else True)
+
+    def part(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        o = ours.block_attention(q, k, v, blocks.contiguous(), block, mask, causal, scale)
+        return o, logsumexp(q, k, visible & pairs(blocks, block, 4, tokens), scale)
+
+    found = [part(blocks) for blocks in every.split(count // parts, -1)]
+    assert not causal or all(torch.isneginf(lse).any() for _, lse in found)
+    o, lse = found[0]
+    for other, other_lse in found[1:]:
+        both = torch.logaddexp(lse, other_lse)
+        difference = torch.where(torch.isneginf(both), 0.0, lse - other_lse)  # no part so far shows the query anything
+        o, lse = difference.sigmoid() * o + (-difference).sigmoid() * other, both
+    sees = ~torch.isneginf(lse).squeeze(-1)
+    assert sees.float().mean() > 0.9
+    torch.testing.assert_close(o[sees], ours.block_attention(q, k, v, every, block, mask, causal, scale)[sees], rtol=1e-12, atol=1e-12)
+
+
 # -- patterns ---------------------------------------------------------------------------------------------------------
 
 

@@ -112,6 +112,17 @@ def test_attention_counts_both_products() -> None:
     assert cost(capture(Attend().eval(), (q, kv, kv), dynamic_shapes={})).flops == 2 * (2 * 2 * 3 * 5 * 7 * 8)
 
 
+def test_all_forms_of_attention_are_one_kind_and_causal_ones_another() -> None:
+    class Attend(nn.Module):
+        def forward(self, q: Tensor) -> tuple[Tensor, ...]:
+            packed = q.transpose(1, 2).flatten(2)
+            ours, sdpa = torch.ops.rewright, nn.functional.scaled_dot_product_attention
+            return sdpa(q, q, q), ours.attention(q, q, q), ours.multi_head_attention(packed, packed, packed, 3, 3), sdpa(q, q, q, is_causal=True)
+
+    kinds = [c.kind for c in node_costs(capture(Attend().eval(), (torch.randn(2, 3, 5, 8),))) if "attention" in c.op]
+    assert kinds == ["attention"] * 3 + ["attention_causal"]
+
+
 class Matches(nn.Module):
     def forward(self, x: Tensor, candidates: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         default, own = torch.ops.rewright.token_match(x, 3, 1), torch.ops.rewright.token_match(x, 3, 1, None, candidates, targets)

@@ -175,6 +175,14 @@ def test_a_dynamic_size_that_became_static_is_found_out(graph: Graph) -> None:
         check_structure(edited, graph)
 
 
+def test_a_dynamic_dim_taken_for_a_number_is_found_out() -> None:
+    graph = capture(Two().eval(), (torch.randn(2, 5, 4),), dynamic_shapes={"x": {0: "batch", 1: "sequence"}})
+    check_structure(graph, graph)
+    assert graph.symbols["sequence"] == 5  # a question that torch answers by fixing the size
+    with pytest.raises(PromiseBroken, match=r"a dynamic dim was taken for its example's size: sequence = 5"):
+        check_structure(graph, graph)
+
+
 def test_another_signature_is_found_out(graph: Graph) -> None:
     other = capture(Two().eval(), (torch.randn(2, 5, 4),), dynamic_shapes={"x": {0: "batch", 1: "sequence"}})
     with pytest.raises(PromiseBroken, match="the signature changed"):

@@ -185,8 +185,8 @@ def _module(path: str) -> str:
     return name.removeprefix("test_")
 
 
-def windows(encoded: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """About `count` windows spread evenly over the files, each inside one file: [windows, CONTEXT + 1] and their files' numbers."""
-    whole = [(i, start) for i, ids in enumerate(encoded) for start in range(0, len(ids) - CONTEXT, CONTEXT)]
+def windows(encoded: list[Tensor], count: int, context: int = CONTEXT) -> tuple[Tensor, Tensor]:
+    """About `count` windows spread evenly over the files, each inside one file: [windows, context + 1] and their files' numbers."""
+    whole = [(i, start) for i, ids in enumerate(encoded) for start in range(0, len(ids) - context, context)]
     chosen = [whole[i] for i in torch.linspace(0, len(whole) - 1, min(count, len(whole))).round().long().tolist()]
-    return torch.stack([encoded[i][s : s + CONTEXT + 1] for i, s in chosen]), torch.tensor([i for i, _ in chosen])
+    return torch.stack([encoded[i][s : s + context + 1] for i, s in chosen]), torch.tensor([i for i, _ in chosen])

@@ -37,7 +37,7 @@ def run(graph: Graph, *passes: Any, data: Any = None, **options: Any) -> Outcome
 
 def attention_inputs(graph: Graph, flat: Any) -> list[tuple[Tensor, ...]]:
     """q, k, v and y of every attention, by running the program up to it."""
-    from rewright.tools.distillation import values_of
+    from rewright.ir.evaluate import values_of
 
     names = [[*(a.name for a in n.args[:3]), n.name] for n in graph.find(OPS.attention.default)]  # type: ignore[union-attr]
     with torch.no_grad():
