@@ -38,15 +38,19 @@ def ablation(graph: Graph, measure: Callable[[Graph], Mapping[str, float]], whol
     return {WHOLE: dict(whole), **found} if found else {}
 
 
-def sentence(found: Mapping[str, Mapping[str, float]], key: str) -> str:
-    """The ablation in words, by one of its numbers, and whether a part carries nothing."""
+def sentence(found: Mapping[str, Mapping[str, float]], key: str, drift: str) -> str:
+    """The ablation in words, by one of its numbers, and whether a part carries nothing or does harm. drift: the number that is low where all is well."""
     whole = found[WHOLE][key]
     said = ", ".join(f"{name} {row[key]:.4g}" for name, row in found.items() if name != WHOLE)
     said = f"{key} {whole:.4g}, {said}"
-    if NO_FAR in found and abs(found[NO_FAR][key] - whole) <= UNUSED * abs(whole):
-        said += f": the linear part is unused to {100 * UNUSED:g} % on this data; a window alone (sparse-attention) is cheaper"
-    if NO_MAPS in found and abs(found[NO_MAPS][key] - whole) <= UNUSED * abs(whole):
-        said += f": the feature maps carry nothing to {100 * UNUSED:g} % on this data; a mean of the values would do"
+    for part, what, instead in (
+        (NO_FAR, "linear part", "a window alone (sparse-attention) is cheaper"),
+        (NO_MAPS, "feature maps' part", "a mean of the values would do"),
+    ):
+        if part in found and found[part][drift] < found[WHOLE][drift]:
+            said += f": the {what} does harm; train it longer, or {instead}"
+        elif part in found and abs(found[part][key] - whole) <= UNUSED * abs(whole):
+            said += f": the {what} is unused to {100 * UNUSED:g} % on this data; {instead}"
     return said
 
 

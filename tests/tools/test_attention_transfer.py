@@ -215,8 +215,10 @@ def test_a_program_without_linear_attention_has_no_parts(teacher: Graph) -> None
     assert ablation.ablation(teacher, lambda g: {}, {"drift": 1.0}) == {}
 
 
-def test_an_unused_part_is_named() -> None:
-    found = {ablation.WHOLE: {"drift": 1.0}, ablation.NO_FAR: {"drift": 1.005}, ablation.NO_NEAR: {"drift": 3.0}}
-    assert "the linear part is unused to 1 %" in ablation.sentence(found, "drift")
-    found[ablation.NO_FAR]["drift"] = 1.02
-    assert "unused" not in ablation.sentence(found, "drift")
+def test_a_part_that_is_unused_or_harmful_is_named() -> None:
+    found = {ablation.WHOLE: {"drift": 1.0, "score": 9.0}, ablation.NO_FAR: {"drift": 1.3, "score": 9.05}, ablation.NO_NEAR: {"drift": 3.0, "score": 3.0}}
+    assert "the linear part is unused to 1 %" in ablation.sentence(found, "score", "drift")
+    found[ablation.NO_FAR]["score"] = 8.0
+    assert "part" not in ablation.sentence(found, "score", "drift").replace("without the linear part 8", "")
+    found[ablation.NO_FAR]["drift"] = 0.9
+    assert "the linear part does harm; train it longer, or a window alone" in ablation.sentence(found, "score", "drift")
