@@ -21,7 +21,6 @@ check: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
-	$(PYTEST) tests/test_house.py tests/test_packaging.py
 
 slow: $(READY)
 	$(PYTEST) -m slow

@@ -63,9 +63,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("profile", ["ort", pytest.param("pure", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in ("a pattern a head", "a causal window with global tokens") else pytest.mark.slow) for n in PATTERNS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "a causal window with global tokens" else pytest.mark.slow) for n in PATTERNS])
 def test_one_file_serves_any_batch_and_length(name: str, profile: Profile, tmp_path: Path) -> None:
     session = written(PATTERNS[name], tmp_path / "m.onnx", profile)
     for b, n in [(1, 72), (3, 8), (2, 64), (1, 41), (2, 3)]:

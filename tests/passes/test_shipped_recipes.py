@@ -36,7 +36,7 @@ def loaded(name: str) -> Loaded:
     return Loaded(model.name, model.graph, [model.inputs[0], *(tuple(x[:, :TOKENS] for x in flat) for flat in model.inputs[1:5])])
 
 
-@pytest.mark.parametrize("recipe", APPLIED)
+@pytest.mark.parametrize("recipe", [pytest.param(r, marks=pytest.mark.slow if r in ("decoder-w4a16", "data-free-int4") else []) for r in APPLIED])
 def test_a_shipped_recipe_applies_all_its_passes_stays_close_and_exports(recipe: str, tmp_path: Path) -> None:
     model = loaded("digits-vit" if recipe == "vit-int8" else "stdlib-lm")
     result = optimize(model, recipe=recipe)

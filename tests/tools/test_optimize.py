@@ -111,9 +111,9 @@ def test_latency_is_recorded_when_asked() -> None:
     ("name", "arguments", "said"),
     [
         ("write_a_pass.py", (), "square-relu: matched 1, applied 1, bit-equal: True"),
-        ("optimize_minilm.py", (".",), "weights 90.9 ->"),
+        pytest.param("optimize_minilm.py", (".",), "weights 90.9 ->", marks=pytest.mark.slow),
         ("plant_outliers.py", ("zoo:digits-vit",), "zoo:digits-vit: outliers behind 13 norms"),
-        ("find_outliers.py", ("zoo:stdlib-lm",), "zoo:stdlib-lm: 25 edges, 16384 tokens, 1 run"),
+        pytest.param("find_outliers.py", ("zoo:stdlib-lm",), "zoo:stdlib-lm: 25 edges, 16384 tokens, 1 run", marks=pytest.mark.slow),
     ],
 )
 def test_examples_run_as_they_are(name: str, arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:

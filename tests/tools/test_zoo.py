@@ -48,7 +48,7 @@ def test_every_model_captures_calibrates_and_gives_what_the_module_gives(name):
     assert torch.equal(loaded.graph.run(loaded.inputs[4])[0], runner_of(loaded.module)(batch))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "digits-vit" else pytest.mark.slow) for n in ZOO])
 def test_the_judge_finds_nothing_wrong_with_the_original_and_much_with_a_damaged_one(name):
     original, worse = scores(name, zoo(name).module), scores(name, damaged(name))
     agreement = {"minilm": "nearest neighbour", "digits-vit": "agreement", "stdlib-lm": "agreement"}[name]

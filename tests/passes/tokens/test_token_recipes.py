@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 ours = torch.ops.rewright
 
 
-@pytest.mark.parametrize(("recipe", "ratio", "left"), [("vit-2x", 2.0, 7), ("vit-half-tokens", 1.3, 33)])
+@pytest.mark.parametrize(("recipe", "ratio", "left"), [("vit-2x", 2.0, 7), pytest.param("vit-half-tokens", 1.3, 33, marks=pytest.mark.slow)])
 def test_a_vision_transformer_gets_as_much_faster_as_the_recipe_says(recipe: str, ratio: float, left: int, tmp_path: Path) -> None:
     model = load_model("zoo:digits-vit")
     result = rw.optimize(Loaded(model.name, model.graph, model.inputs[:5]), recipe=recipe)
