@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from .call import SIMPLE, Call, CallCodeGen, Captured, Parameter, named_in_signature
-from .errors import CaptureError, InputFileError, UsageError
+from .errors import CaptureError, InputFileError, RewrightError, UsageError
 from .graph import Dim, Graph, graph_module, quiet
 from .hooks import adopt_foreign_ops, hooks_in_place
 
@@ -41,6 +41,10 @@ def capture(
     Raises CaptureError with the user's own line when torch.export refuses; UsageError for wrong example inputs.
     """
     if isinstance(model, str | Path):
+        if Path(model).suffix == ".onnx":
+            from .onnx_import import import_onnx
+
+            return import_onnx(model, args, kwargs, dynamic_shapes)
         model = load_pt2(Path(model))
     if isinstance(model, ExportedProgram):
         return _from_exported(model)
@@ -174,6 +178,8 @@ def _export(model: nn.Module, given: dict[str, Any], names: DimNames, parameters
         with quiet(), torch.no_grad(), hooks_in_place(), named_in_signature(model, unnamed):
             exported = torch.export.export(model, positional_only, keyword, dynamic_shapes=shapes, strict=False)
             return exported.run_decompositions({})
+    except RewrightError:
+        raise  # an ONNX file's module says in a sentence what it can't do
     except Exception as error:
         raise CaptureError(_why_not(model, error)) from error
 
@@ -296,6 +302,7 @@ def _name_inputs(graph: Graph) -> None:
 
 def _propagate_with_our_dims(graph: Graph, names: DimNames) -> None:
     """Fresh fake values in which dims of one name are one symbol; dims torch.export made static stay static, with a note."""
+    first: dict[Any, str] = {}  # size -> its first name: the trace may have found that two names are one size
     for node in graph.inputs:
         old = node.meta["val"]
         shape = list(old.shape)
@@ -306,6 +313,9 @@ def _propagate_with_our_dims(graph: Graph, names: DimNames) -> None:
                 graph.notes.append(f"{node.target} axis {axis} ({name}) is static: the model fixes it to {size}")
                 continue
             env, expression = size.node.shape_env, size.node.expr
+            if (same := first.setdefault(expression, name)) != name:
+                graph.notes.append(f"{node.target} axis {axis} ({name}) is as long as {same}: the model needs them equal")
+                name = same
             bounds = env.var_to_range.get(expression) if env is not None else None
             high = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer and int(bounds.upper) < 2**31 else None
             if name not in graph.dims:

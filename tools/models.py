@@ -108,7 +108,7 @@ def _from_file(spec: str, inputs: str | None) -> Loaded:
         graph = capture(path)
     elif path.suffix == ".onnx":
         check_onnx(path)
-        raise UsageError(f"{spec} is an ONNX file: `inspect`, `bench` and `verify` read it; rewriting one needs the PyTorch model (hf:, py:, .pt2)")
+        graph = capture(path)
     else:
         raise InputFileError(f"{spec} is {_what_is(path)}; expected .pt2, .onnx or a saved result folder")
     given = _given(inputs)

@@ -167,6 +167,7 @@ def to_onnx_ir(graph: Graph, profile: Profile = "ort", opset: int = 20) -> Any:
     constants.separate(model)
     concat.quantize_parts(model)
     _name_dims(model, graph)
+    _free_output_names(model)
     _drop_traces(model)
     model.producer_name, model.doc_string = "rewright", None
     return model
@@ -257,6 +258,15 @@ def _output_names(graph: Graph) -> list[str]:
         if all(k and not k[0].isdigit() for k in keys) and len(set(keys)) == count and not set(keys) & set(graph.call.names):
             names = keys
     return [n for n, value in zip(names, graph.output.args[0]) if isinstance(value, fx.Node)]  # type: ignore[arg-type]
+
+
+def _free_output_names(model: Any) -> None:
+    """Inner values that are called like an output (an imported file's `linear_3`) get names of their own: onnxruntime refuses two of one name."""
+    outputs = {v.name for v in model.graph.outputs}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name in outputs and not value.is_graph_output():
+                value.name = f"{value.name}_inner"
 
 
 def _name_dims(model: Any, graph: Graph) -> None:

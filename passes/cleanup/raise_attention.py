@@ -46,7 +46,7 @@ class RaiseAttention(GraphPass):
         masks = _Masks(graph)
         for node in graph.find(aten.scaled_dot_product_attention.default):
             _finish(graph, _from_sdpa(graph, node), masks, context)
-        for node in graph.find(aten.softmax.int, aten._softmax.default):
+        for node in graph.find(aten.softmax.int, aten._softmax.default, aten._safe_softmax.default):
             if (site := _from_softmax(graph, node)) is not None:
                 _finish(graph, site, masks, context)
         return graph
@@ -285,6 +285,9 @@ def _finish(graph: Graph, site: _Site, masks: _Masks, context: Context) -> None:
     key_masks, causal, window, biases = found
     op = Builder(graph, site.node, site.node)
     if site.transposed:
+        factor = _factor(graph, site.k) if len(site.k.users) == 1 else None
+        if factor is not None and site.scale is not None and factor[0].meta["val"].dtype == site.k.meta["val"].dtype:
+            site.k, site.scale = factor[0], site.scale * factor[1]  # torch's ONNX exporter scales k after its transpose
         site.k = _swapped(graph, site.k, site.node)
     site.k, site.v = _ungrouped(graph, site)
     if site.scale is not None and len({site.q, site.k, site.v}) == 3:  # a factor may not be taken from a value with two roles

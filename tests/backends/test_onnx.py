@@ -246,3 +246,18 @@ def test_an_op_onnx_lacks_is_named_in_one_sentence(tmp_path: Path) -> None:
         export(graph, tmp_path / "m.onnx")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_an_output_may_be_called_like_a_value_inside(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"linear": self.b(self.a(x).relu())}
+
+    x = torch.randn(3, 4)
+    graph = capture(Named().eval(), (x,))
+    export(graph, tmp_path / "m.onnx", [(x,)])
+    assert Session(tmp_path / "m.onnx").session.get_outputs()[0].name == "linear"

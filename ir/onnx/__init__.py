@@ -1,0 +1,1 @@
+"""ONNX files in: reading them, and what each operator means in torch."""
