@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from .feature_maps import named
 from .graph import Graph
-from .intermediates import intermediate_bytes
+from .intermediates import intermediate_bytes, listed
 from .nodes import arguments
 from .ops import OPS
 from .ops.linear_attention import CHUNK
@@ -83,9 +83,6 @@ def node_costs(graph: Graph, sizes: Mapping[str, int] | None = None) -> Iterator
             tables = [t.meta["val"] for t in node.all_input_nodes if t is not ids]
             rows = sum(numel(t, size) // size(t.shape[0]) * t.element_size() for t in tables)
             read = numel(ids.meta["val"], size) * (rows + ids.meta["val"].element_size())
-        if name == "block_attention":  # the listed blocks are copied, scores written, masked, normalised and read again
-            listed, width = _listed(node, size), sum(size(arguments(node)[n].meta["val"].shape[-1]) for n in "qv")
-            read += (2 * listed + 6 * listed // width * arguments(node)["block"]) * results[0].element_size()
         read += intermediate_bytes(node, name, size)
         weights = sum(graph.weight(n).nbytes for n in node.all_input_nodes if graph.is_weight(n))
         dtype = torch.int8 if arguments(node).get("activations", "none") != "none" else _ARITHMETIC.get(name, results[0].dtype)
@@ -144,7 +141,7 @@ def _flops(node: fx.Node, name: str, results: list[Tensor], size: Any) -> int:
             projected = 2 * numel(operands[0], size) * size(a["parameters"][0].meta["val"].shape[-2]) if named(a["kind"]).projected else 0
             return projected + 8 * out
         case "block_attention":
-            return 2 * _listed(node, size) * arguments(node)["block"]
+            return 2 * listed(node, size) * arguments(node)["block"]
         case "token_match" | "token_match_energy":
             a = arguments(node)
             batch, count, width = (size(s) for s in a["metric"].meta["val"].shape)
@@ -173,15 +170,6 @@ def _linear_attention(node: fx.Node, name: str, size: Any) -> int:
     elif a.get("causal"):
         flops += 2 * queries * CHUNK * (features + dv) * heads
     return batch * flops
-
-
-def _listed(node: fx.Node, size: Any) -> int:
-    """Numbers in the keys and values that block_attention's queries see, each block of queries by itself."""
-    a = arguments(node)
-    q, v, blocks = (a[n].meta["val"] for n in ("q", "v", "blocks"))
-    batch, heads, tokens, width = (size(s) for s in q.shape)
-    count = -(-tokens // a["block"])
-    return batch * heads * count * min(int(blocks.shape[2]), count) * a["block"] * (width + size(v.shape[-1]))
 
 
 def terms_of(node: fx.Node) -> int:

@@ -1,6 +1,6 @@
 """What ops without a kernel of their own write and read again on the way: for some of them it is most of their memory traffic.
 
-Counted from their meanings, which is how every backend runs them; numbers of values, of float32 at least.
+Counted from their meanings, which is how every backend runs them; numbers of values, of float32 at least where it is not said otherwise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PASSES = {
 }
 """How many times a feature map writes all its features, the last time counted."""
 
-OPS = ("feature_map", "linear_attention", "hybrid_attention")
+OPS = ("feature_map", "linear_attention", "hybrid_attention", "block_attention")
 
 
 def intermediate_bytes(node: fx.Node, name: str, size: Callable[[Any], int]) -> int:
@@ -37,6 +37,8 @@ def intermediate_bytes(node: fx.Node, name: str, size: Callable[[Any], int]) -> 
     if name not in OPS:
         return 0
     a = arguments(node)
+    if name == "block_attention":
+        return _blocks(node, size) * node.meta["val"].element_size()
     found = {n: tuple(size(s) for s in x.meta["val"].shape) for n, x in a.items() if isinstance(x, fx.Node)}
     if name == "feature_map":
         of = node.meta["val"]
@@ -45,6 +47,22 @@ def intermediate_bytes(node: fx.Node, name: str, size: Callable[[Any], int]) -> 
         of = a["v"].meta["val"]
         values = _hybrid(found, a) if name == "hybrid_attention" else _causal(found) if a["causal"] else _bidirectional(found)
     return values * max(of.element_size(), torch.float32.itemsize)
+
+
+def listed(node: fx.Node, size: Callable[[Any], int]) -> int:
+    """Numbers in the keys and values that block_attention's queries see, each block of queries by itself."""
+    a = arguments(node)
+    q, v, blocks = (a[n].meta["val"] for n in ("q", "v", "blocks"))
+    batch, heads, tokens, width = (size(s) for s in q.shape)
+    count = -(-tokens // a["block"])
+    return batch * heads * count * min(int(blocks.shape[2]), count) * a["block"] * (width + size(v.shape[-1]))
+
+
+def _blocks(node: fx.Node, size: Callable[[Any], int]) -> int:
+    """The listed blocks are copied; their scores are written, masked, normalised and read again. In the inputs' dtype."""
+    a, values = arguments(node), listed(node, size)
+    width = sum(size(a[n].meta["val"].shape[-1]) for n in "qv")
+    return 2 * values + 6 * values // width * a["block"]
 
 
 def _bidirectional(of: Mapping[str, tuple[int, ...]]) -> int:

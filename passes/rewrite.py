@@ -76,6 +76,11 @@ class Context:
     details: dict[str, Any] = field(default_factory=dict)
     """What a pass found on its way, as plain data: the curve of a training run."""
 
+    @property
+    def target_name(self) -> str:
+        """What sentences call the target."""
+        return getattr(self.target, "name", "the target")
+
     def apply(self, node: fx.Node) -> None:
         """Log one match that was rewritten."""
         self.matched += 1
@@ -109,6 +114,11 @@ class Context:
         path = node.meta.get("path", "")
         hit = next((i for i in self.ignore if path == i or path.startswith(i + ".")), None)
         return f"the user asked to leave {hit} alone" if hit else None
+
+
+def predicted(before: float, after: float) -> str:
+    """Predicted seconds in words, of a program or of a part, before and after a rewrite."""
+    return f"predicted {1e6 * after:,.0f} us against {1e6 * before:,.0f} us"
 
 
 @dataclass(frozen=True)

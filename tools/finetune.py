@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..passes.recipe import Recipe
 from ..passes.statistics.keys import data_key, hashed, weight_key
 from .ablation import ablation
 from .calibration import calibration
-from .distillation import AttentionTransfer, Distillation, LossName, Term, alike, hidden_terms, output_terms, outputs
+from .distillation import AttentionTransfer, Distillation, OutputLoss, Term, alike, hidden_terms, output_terms, outputs
 from .finetuned import DRIFT, Finetuned, Metric
 from .lora import LowRankUpdates
 from .models import Loaded, as_flat, runner_of
@@ -30,6 +30,7 @@ from .training import Trained, Training, train
 from .zoo import drawn
 
 Precision = Literal["auto", "fp32", "bf16"]
+LossName = OutputLoss | Literal["attention"]
 
 
 def finetune(
@@ -118,26 +119,29 @@ def finetune(
         updates.merge()
     for name, weight in given.graph.weights().items():
         recovered.weight(name).requires_grad_(weight.requires_grad)
-    best = {k: v for k in (DRIFT, own.name if own is not None else DRIFT) if (v := trained.curve[trained.best][k]) is not None}
-    parts = ablation(recovered, lambda g: measured(g, exam_of(g)), best)
-    drift = compare(reference.run, recovered.run, data.held_out[:4], padding_mask(reference))
-    record = Record("finetune", settings, exact=False, matched=len(chosen), applied=len(chosen) if trained.best else 0, measured=drift.as_dict())
+    best, columns = trained.curve[trained.best], [DRIFT] if own is None else [DRIFT, own.name]
+    record = Record("finetune", settings, exact=False, matched=len(chosen), applied=len(chosen) if trained.best else 0)
     record.seconds, record.layers = trained.seconds, list(chosen) if trained.best else []
-    before = given.outcome
-    outcome = Outcome(reference, recovered, [*before.records, record], before.passes, data.held_out[:4], drift)
-    elements = sum(p.numel() for p in chosen.values()), sum(p.numel() for p in recovered.module.parameters())
     return Finetuned(
-        Result(outcome, given.recipe, [*given.inputs[:1], *data.held_out[:4]], given.name or original.name, given.calibration),
+        _result(given, reference, recovered, record, data.held_out[:4], original.name),
         trained,
-        tuple(settings["terms"]),
-        exam.about(),
-        data.about,
-        elements,
-        own,
-        f"{settings['precision']}{', compiled' if compiled else ''}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
-        layers,
-        parts,
+        terms=tuple(settings["terms"]),
+        drift=exam.about(),
+        data=data.about,
+        weights=(sum(p.numel() for p in chosen.values()), sum(p.numel() for p in recovered.module.parameters())),
+        metric=own,
+        conditions=f"{settings['precision']}{', compiled' if compiled else ''}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
+        layers=layers,
+        parts=ablation(recovered, lambda g: measured(g, exam_of(g)), {key: best[key] or 0.0 for key in columns}),
     )
+
+
+def _result(given: Result, reference: Graph, recovered: Graph, record: Record, held_out: list[Flat], name: str) -> Result:
+    """What was given, with other weights, one record more and the drift measured again."""
+    before, drift = given.outcome, compare(reference.run, recovered.run, held_out, padding_mask(reference))
+    record.measured = drift.as_dict()
+    outcome = Outcome(reference, recovered, [*before.records, record], before.passes, held_out, drift)
+    return Result(outcome, given.recipe, [*given.inputs[:1], *held_out], given.name or name, given.calibration)
 
 
 def _lesson(teacher: Graph, student: Graph, loss: LossName | Sequence[Term], temperature: float, hidden: float, compiled: bool) -> Distillation:
@@ -145,6 +149,8 @@ def _lesson(teacher: Graph, student: Graph, loss: LossName | Sequence[Term], tem
         if hidden:
             raise UsageError("attention transfer looks at each layer alone and has no place for hidden values; give hidden = 0")
         return AttentionTransfer(teacher, student, compiled)
+    if isinstance(loss, str) and loss not in (known := get_args(OutputLoss)):
+        raise UsageError(f"no loss {loss!r}; there are {', '.join(known)}, attention, and a list of Terms in Python")
     terms = output_terms(teacher, student, loss, temperature) if isinstance(loss, str) else list(loss)
     return Distillation(teacher, student, terms + (hidden_terms(teacher, student, hidden) if hidden else []), compiled)
 

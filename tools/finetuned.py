@@ -89,7 +89,8 @@ class Finetuned:
         """What came back and how long it took, in one line."""
         minutes = f"{self.seconds / 60:.1f} minutes"
         early = f" ({self.trained.stopped})" if self.trained.stopped else ""
-        parts = "".join(f"; ablation: {ablation.sentence(self.parts, key, DRIFT)}" for key in list(self.parts.get(ablation.WHOLE, ()))[-1:])
+        key = DRIFT if self.metric is None else self.metric.name
+        parts = f"; ablation: {ablation.sentence(self.parts, key, DRIFT)}" if self.parts else ""
         if not self.improved:
             return f"nothing came back in {minutes}: no weights were better than the first on held-out data, which are given back{early}{parts}"
         first, best = self._ends(DRIFT)

@@ -27,17 +27,18 @@ class LowRankUpdates:
 
     def __init__(self, graph: Graph, original: Graph, chosen: Mapping[str, nn.Parameter], rank: int, seed: int = 0) -> None:
         self.graph = graph
-        self.trained: dict[str, nn.Parameter] = dict(chosen)
         self._made: list[tuple[fx.Node, fx.Node, fx.Node, fx.Node]] = []
-        theirs, generator = original.weights(), torch.Generator().manual_seed(seed)
+        rest: dict[str, nn.Parameter] = {}
+        factors: dict[str, nn.Parameter] = {}
+        theirs, held, generator = original.weights(), list(graph.weights().values()), torch.Generator().manual_seed(seed)
         for name, p in chosen.items():
             places = graph.fx.find_nodes(op="get_attr", target=name)
             users = [u for place in places for u in place.users]
-            shared = sum(w is p for w in graph.weights().values()) > 1
-            if p.dim() != 2 or shared or name not in theirs or theirs[name].shape != p.shape or not all(is_linear(u) and u.args[1] in places for u in users):
-                p.requires_grad_(p.dim() < 2 or name not in theirs)
-                if not p.requires_grad:
-                    del self.trained[name]
+            added = name not in theirs
+            shared = sum(w is p for w in held) > 1
+            if p.dim() != 2 or shared or added or theirs[name].shape != p.shape or not all(is_linear(u) and u.args[1] in places for u in users):
+                if p.dim() < 2 or added:
+                    rest[name] = p
                 continue
             out, width = p.shape
             first = (torch.rand(rank, width, generator=generator, dtype=torch.float32) * 2 - 1) * (3 / width) ** 0.5
@@ -48,12 +49,13 @@ class LowRankUpdates:
                 new = graph.insert(aten.add.Tensor, place, update, alpha=SCALE, before=min(u for u in place.users if u is not update))
                 place.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new, propagate_meta=False)
                 self._made.append((place, a, b, new))
-            del self.trained[name]
-            p.requires_grad_(False)
             for x in (a, b):
                 factor = graph.weight(x)
                 assert isinstance(factor, nn.Parameter)  # add_constant makes one of a float tensor
-                self.trained[str(x.target)] = factor
+                factors[str(x.target)] = factor
+        for name, p in chosen.items():
+            p.requires_grad_(name in rest)
+        self.trained = rest | factors
         if not self._made:
             raise UsageError("nothing to update by low rank: none of the weights chosen is a matrix of the original that linears read; lora = 0 trains them")
         graph.recompile()

@@ -65,7 +65,7 @@ def _rewritten(candidates: dict[str, nn.Parameter], original: Graph) -> list[str
 
 
 def _attention(candidates: dict[str, nn.Parameter], original: Graph) -> list[str]:
-    linears = {x for b in attention_blocks(original) for p in (b.to_q, b.to_k, b.to_v) for x in p.linears} | {b.out for b in attention_blocks(original)}
+    linears = {x for b in attention_blocks(original) for x in (*b.to_q.linears, *b.to_k.linears, *b.to_v.linears, b.out)}
     names = {str(w.target) for x in linears if x is not None for w in x.all_input_nodes if original.is_weight(w)}
     found = [n for n in candidates if n in names]
     if not found:

@@ -14,7 +14,7 @@ from ...ir.extract import extract
 from ...ir.graph import Graph
 from ..knapsack import exact, greedy
 from ..recipe import pass_from_text
-from ..rewrite import NOT_ASKED, Context, GraphPass, Pass
+from ..rewrite import NOT_ASKED, Context, GraphPass, Pass, predicted
 from ..sensitivity import Sensitivity
 from ..statistics import Calibration, Moments, Order, Request, Statistics
 from .layer_options import Layer, Option, all_requests, has_option, label_of, places, price_of, relative_error, requests_of, seconds_of, weights_of_influence
@@ -135,7 +135,7 @@ class Allocate(GraphPass):
                     continue
                 price, seconds = price_of(after, self.budget, context), seconds_of(after, context)
                 if seconds is not None and layer.seconds is not None and seconds > layer.seconds:
-                    layer.refusals.append(f"{label_of(choice, ratio)}: predicted {seconds * 1e6:.0f} us against {layer.seconds * 1e6:.0f} us as it is")
+                    layer.refusals.append(f"{label_of(choice, ratio)}: {predicted(layer.seconds, seconds)} as it is")
                     continue
                 if drift_of is None:
                     error = weights[i] * relative_error(y, layer.run(after, x))

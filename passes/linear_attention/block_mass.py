@@ -17,10 +17,10 @@ See = Callable[[fx.Node, Tensor, Tensor], None]
 """(attention, its weights [heads, queries, keys] for one input, which queries are real [queries])"""
 
 
-def mean_mass(graph: Graph, batches: Sequence[Flat], counts: Mapping[fx.Node, int], block: int, samples: int) -> dict[fx.Node, Tensor]:
+def mean_mass(graph: Graph, batches: Sequence[Flat], counts: Mapping[fx.Node, int], block: int) -> dict[fx.Node, Tensor]:
     """[heads, blocks, blocks] for each attention: what a query of a block pays a block of keys, on average over its real queries; 0 where none was seen.
 
-    counts: attention -> how many blocks. One input's weights are held at a time. Whole batches are taken until there are `samples` inputs.
+    counts: attention -> how many blocks. One input's weights are held at a time.
     """
     sums: dict[fx.Node, Tensor] = {}
     queries: dict[fx.Node, Tensor] = {}
@@ -34,11 +34,7 @@ def mean_mass(graph: Graph, batches: Sequence[Flat], counts: Mapping[fx.Node, in
         sums[node] = sums.get(node, 0) + blocks
         queries[node] = queries.get(node, 0) + rows
 
-    taken = 0
     for flat in batches:
-        if taken >= samples:
-            break
-        taken += len(flat[0])
         _Looking(graph, set(counts), see).run(*flat, enable_io_processing=False)
     return {node: (total / queries[node].clamp(min=1)[:, None]).float() for node, total in sums.items()}
 

@@ -20,7 +20,7 @@ from ...ir.graph import Flat, Graph
 from ...ir.nodes import argument, same_shape
 from ...ir.verify import padding_mask
 from ..rewrite import Context, GraphPass
-from .sites import longest, longest_sizes, predicted, why_not_plain
+from .sites import longest, longest_sizes, predicted_at, why_not_plain
 
 aten, ours = torch.ops.aten, torch.ops.rewright
 
@@ -41,9 +41,9 @@ class LinearAttention(GraphPass):
     its attention gave, finetune with lora and the usual loss teaches them to work together.
     The layers whose output moves least on calibration data are replaced; `keep` of all layers stay softmax. A causal model loses recall of far
     tokens: no map of a fixed size holds them all.
-    Declines, before any other question, attention with fewer tokens than the crossover predicted for the target, unless force; windows, biases and caps
-    on the scores, packed heads (put it before pack-heads), for a window also two sequences and token sizes; and, unless untrained = "allow",
-    programs that no later pass trains. Lossy: benchmarks/linear_attention.txt.
+    Declines windows, biases and caps on the scores, packed heads (put it before pack-heads), for a window also two sequences and token sizes; then,
+    unless force, attention with fewer tokens than the crossover predicted for the target; and, unless untrained = "allow", programs that no later
+    pass trains. Lossy: benchmarks/linear_attention.txt.
     """
 
     feature_map: Kind = "hedgehog_softmax"
@@ -101,8 +101,8 @@ class LinearAttention(GraphPass):
     def run(self, graph: Graph, context: Context) -> Graph:
         blocks = attention_blocks(graph)
         sites = []
+        untrained = None if context.trained_later or self.untrained == "allow" else NEEDS_TRAINING
         for block in blocks:
-            untrained = None if context.trained_later or self.untrained == "allow" else NEEDS_TRAINING
             if why := self.why_not(block) or self._too_short(graph, block, context) or untrained or context.ignored(block.attention):
                 context.decline(block.attention, why)
             else:
@@ -137,7 +137,7 @@ class LinearAttention(GraphPass):
             graph.notes.append(f"{self.name}: the outputs of {len(replaced)} attentions are another function's; they need training to be of use")
         if before is not None and context.predict is not None:
             after = context.predict(graph, sizes)
-            graph.notes.append(f"{self.name}: {predicted(before, after, sizes, _name(context))}")
+            graph.notes.append(f"{self.name}: {predicted_at(sizes, before, after, context.target_name)}")
         return graph
 
     def _too_short(self, graph: Graph, block: AttentionBlock, context: Context) -> str | None:
@@ -163,7 +163,7 @@ class LinearAttention(GraphPass):
         what = f"linear attention ({self.feature_map}, {width(self.feature_map, block.head_dim, self.features)} features"
         what += f", window {self.window})" if self.window else ")"
         when = f"only from {least:,} tokens on" if least is not None else "at no length"
-        return f"it has {tokens:,} tokens, and on {_name(context)} {what} is predicted to be faster {when}; force = true replaces it all the same"
+        return f"it has {tokens:,} tokens, and on {context.target_name} {what} is predicted to be faster {when}; force = true replaces it all the same"
 
     def _beside(self, graph: Graph, site: AttentionBlock, seed: int) -> fx.Node:
         """The replacement, with nobody who reads it yet."""
@@ -193,12 +193,7 @@ class LinearAttention(GraphPass):
             if self.keep or self.max_layer_error is not None:
                 raise UsageError(f"{self.name} chooses layers by their error on calibration data, and there is none; give some, or keep = 0 and `only`")
             return {}
-        batches, taken = [], 0
-        for flat in context.calibration.batches:
-            if taken < self.samples:
-                batches.append(flat)
-                taken += len(flat[0])
-        return layer_errors(graph, {site: (site.attention, new) for site, new in made.items()}, batches)
+        return layer_errors(graph, {site: (site.attention, new) for site, new in made.items()}, context.calibration.first(self.samples))
 
 
 PROJECTED = [name for name, kind in KINDS.items() if kind.projected]
@@ -221,7 +216,3 @@ def layer_errors(graph: Graph, pairs: dict[Any, tuple[fx.Node, fx.Node]], batche
             chosen = rows[:, real] if real is not None and real.shape == rows.shape[1:] else rows.flatten(1)
             sums[key] = sums.get(key, 0) + chosen.sum(1)
     return {key: float((both[0] / both[1].clamp(min=1e-30)).sqrt()) for key, both in sums.items()}
-
-
-def _name(context: Context) -> str:
-    return getattr(context.target, "name", "the target")

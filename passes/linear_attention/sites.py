@@ -10,6 +10,7 @@ from ...ir.blocks import AttentionBlock
 from ...ir.blocks.vocabulary import path_of
 from ...ir.errors import UsageError
 from ...ir.graph import Graph
+from ..rewrite import predicted
 from ..scope import why_not_chosen
 
 ours = torch.ops.rewright
@@ -54,7 +55,6 @@ def longest_sizes(graph: Graph, sites: Iterable[AttentionBlock], name: str, toke
     return found
 
 
-def predicted(before: float, after: float, sizes: dict[str, int], target: str) -> str:
-    """Both predictions of a program in words."""
-    times = f"predicted {1e6 * after:,.0f} us against {1e6 * before:,.0f} us before on {target}"
-    return times + "".join(f", {dim} {size}" for dim, size in sizes.items())
+def predicted_at(sizes: dict[str, int], before: float, after: float, target: str) -> str:
+    """Both predictions of a program in words, and for which sizes they are."""
+    return f"{predicted(before, after)} before on {target}" + "".join(f", {dim} {size}" for dim, size in sizes.items())

@@ -16,7 +16,7 @@ from ...ir.graph import Graph
 from ...ir.nodes import argument
 from ..rewrite import Context, GraphPass
 from .block_mass import dropped_mass, mean_mass
-from .sites import longest, longest_sizes, predicted, why_not_plain
+from .sites import longest, longest_sizes, predicted_at, why_not_plain
 
 ours = torch.ops.rewright
 
@@ -103,8 +103,8 @@ class SparseAttention(GraphPass):
         _replace(sparse, chosen, self.block, self.global_tokens)
         if context.predict is not None:
             sizes = longest_sizes(graph, chosen, self.name, self.tokens)
-            before, after = (context.predict(g, sizes) if sizes else context.predict(g) for g in (graph, sparse))
-            times = predicted(before, after, sizes, getattr(context.target, "name", "the target"))
+            before, after = (context.predict(g, sizes) for g in (graph, sparse))
+            times = predicted_at(sizes, before, after, context.target_name)
             if after >= before and not self.force:
                 for site in chosen:
                     context.decline(site.attention, f"the program would not get faster: {times}; force = true does it all the same")
@@ -123,7 +123,7 @@ class SparseAttention(GraphPass):
             return {site: window(count, reach, site.causal, sinks) for site, count in counts.items()}
         if context.calibration is None:
             raise UsageError('sparse-attention looks for patterns on calibration data and there is none; give some, or pattern = "window"')
-        found = mean_mass(graph, context.calibration.batches, {site.attention: n for site, n in counts.items()}, self.block, self.samples)
+        found = mean_mass(graph, context.calibration.first(self.samples), {site.attention: n for site, n in counts.items()}, self.block)
         return {site: self._heaviest(found[site.attention], site) for site in sites}
 
     def _heaviest(self, mass: Tensor, site: AttentionBlock) -> Tensor:

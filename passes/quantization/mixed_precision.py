@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, fx
 
 from ...ir.errors import RecipeError, UsageError
-from ...ir.graph import Flat, Graph
+from ...ir.graph import Graph
 from ...ir.nodes import argument
 from ..knapsack import Table, exact, greedy, total
 from ..rewrite import Context
@@ -93,7 +93,7 @@ class MixedPrecision(LinearOptions):
         if not layers:
             return graph
         limit = self._limit(layers, fixed)
-        sensitivity = Sensitivity(graph, self._samples(context.calibration.batches), self.drift)
+        sensitivity = Sensitivity(graph, context.calibration.first(self.samples), self.drift)
         for i, (node, drift_of) in enumerate(sensitivity.alone([layer.node for layer in layers])):
             context.progress(f"sensitivity of {node.meta.get('path') or node.name}", i, len(layers))
             for option in layers[i].options:
@@ -135,14 +135,6 @@ class MixedPrecision(LinearOptions):
         b = argument(node, "bias")
         tensors = quantizer(graph.weight(node.args[1]).detach(), None if b is None else graph.weight(b).detach())  # type: ignore[arg-type]
         return _Option(choice, sum(t.nbytes for name, t in tensors.items() if name != "b"), quantizer, tensors)
-
-    def _samples(self, batches: Sequence[Flat]) -> list[Flat]:
-        taken: list[Flat] = []
-        for flat in batches:
-            if sum(len(f[0]) for f in taken) >= self.samples:
-                break
-            taken.append(flat)
-        return taken
 
     def _limit(self, layers: list[_Layer], fixed: int) -> int:
         """Bytes for these layers. Raises UsageError when no combination is within them."""

@@ -13,7 +13,7 @@ from ...ir.blocks.vocabulary import path_of
 from ...ir.errors import RecipeError
 from ...ir.graph import Graph
 from ...ir.nodes import argument, same_shape
-from ..rewrite import Context, GraphPass
+from ..rewrite import Context, GraphPass, predicted
 from ..scope import why_not_chosen
 from ..statistics import Request
 
@@ -80,9 +80,9 @@ class ShiftAddAttention(GraphPass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         before = context.predict(graph) if context.predict is not None else None
+        untrained = None if context.trained_later or self.untrained == "allow" else NEEDS_TRAINING
         for block in attention_blocks(graph):
             node = block.attention
-            untrained = None if context.trained_later or self.untrained == "allow" else NEEDS_TRAINING
             if why := self.why_not(block) or untrained or context.ignored(node):
                 context.decline(node, why)
             else:
@@ -93,7 +93,7 @@ class ShiftAddAttention(GraphPass):
         if not context.trained_later:
             graph.notes.append(f"{self.name}: the outputs of {len(context.applied)} attentions are another function's; they need fine-tuning to be of use")
         if before is not None and context.predict is not None:
-            graph.notes.append(f"{self.name}: {in_time(before, context.predict(graph), getattr(context.target, 'name', 'the target'))}")
+            graph.notes.append(f"{self.name}: {in_time(before, context.predict(graph), context.target_name)}")
         return graph
 
 
@@ -102,7 +102,7 @@ NEEDS_TRAINING = 'it becomes another function, and no pass after this one trains
 
 def in_time(before: float, after: float, target: str) -> str:
     """What is predicted to be bought, in one sentence."""
-    times = f"predicted {1e6 * after:.0f} us against {1e6 * before:.0f} us"
+    times = predicted(before, after)
     if after < before:
         return f"{before / after:.2f} x as fast on {target}: {times} for the program"
     return f"not faster on {target}: {times}; it buys additions instead of multiplications (modelled energy), not time"

@@ -18,7 +18,7 @@ from ..quantization.layer import LayerQuantizer
 from ..quantization.linear_options import Inserter, Linears
 from ..quantization.scheme import Scheme, scheme
 from ..quantization.stored import note_copy, other_reader
-from ..rewrite import Context
+from ..rewrite import Context, predicted
 from ..statistics import Request
 
 ours = torch.ops.rewright
@@ -108,8 +108,8 @@ class ShiftLinear(Linears):
             return FLOATS
         if before is None or context.predict is None:
             return "no target, so nothing is said of time; backends multiply the codes as 8-bit integers"
-        after, on = context.predict(graph), getattr(context.target, "name", "the target")
-        times = f"predicted {1e6 * after:,.0f} us against {1e6 * before:,.0f} us before on {on}"
+        after = context.predict(graph)
+        times = f"{predicted(before, after)} before on {context.target_name}"
         if after >= before:
             return f"not faster: {times}; the codes buy smaller weights and additions for multiplications (modelled energy), not time"
         if self.terms == 1:

@@ -63,6 +63,15 @@ class Calibration:
         self._results = Results(None if self.cache is None else Path(self.cache), on_disk=self.memory_limit is not None)
         self._latest: Statistics | None = None  # keeps what it found for the next gather
 
+    def first(self, samples: int) -> list[Flat]:
+        """Whole batches until there are so many inputs (texts, images), or all."""
+        taken: list[Flat] = []
+        for flat in self.batches:
+            if sum(len(f[0]) for f in taken) >= samples:
+                break
+            taken.append(flat)
+        return taken
+
     def gather(self, graph: Graph, requests: Iterable[Request]) -> Statistics:
         """The statistics asked for. Values that depend on what they did before are not gathered again.
 

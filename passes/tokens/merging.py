@@ -276,7 +276,7 @@ class Merging:
         if self.context.predict is None:
             return None
         now, then = self.context.predict(self.graph) * 1e6, self.context.predict(after) * 1e6
-        return None if then < now else f"predicted {then:.0f} us with merging against {now:.0f} us without, on {self.context.target.name}"
+        return None if then < now else f"predicted {then:.0f} us with merging against {now:.0f} us without, on {self.context.target_name}"
 
     def said(self, gone: Sequence[int], after: Graph, sweep: Sweep) -> str:
         """The schedule in a sentence."""

@@ -110,3 +110,18 @@ def test_half_precision_is_computed_in_float32_and_counted_so() -> None:
         (cost,) = [c for c in node_costs(capture(layer, tensors, dynamic_shapes={})) if c.op == "linear_attention"]
         found.append(cost.cost.bytes - 4 * tensors[0].nbytes)
     assert found[0] == found[1] and found[2] == 2 * found[0]
+
+
+def test_block_attention_copies_the_blocks_it_sees_and_passes_over_their_scores() -> None:
+    """8 blocks of 8 queries see 2 blocks of keys each: 4 heads * 8 * 16 keys of 8 + 8 channels, and 8 scores for each of those keys."""
+
+    class Blocks(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor) -> Tensor:
+            return ours.block_attention(q, k, v, blocks, 8)
+
+    q, k, v = torch.rand(3, 1, 4, 64, 8).unbind(0)
+    blocks = torch.arange(8)[None, :, None].repeat(4, 1, 2)
+    (found,) = [c for c in node_costs(capture(Blocks(), (q, k, v, blocks), dynamic_shapes={})) if c.op == "block_attention"]
+    keys = 4 * 8 * 16
+    assert found.cost.bytes == 4 * q.nbytes + blocks.nbytes + (2 * keys * 16 + 6 * keys * 8) * 4
+    assert found.cost.flops == 2 * keys * 8 * 16

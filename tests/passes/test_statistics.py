@@ -288,6 +288,13 @@ def test_the_own_likelihood_of_other_outputs_is_a_unit_normal_and_padding_counts
     assert 0.85 < gradient[0][real].square().mean() < 1.15  # the drawn noise itself
 
 
+def test_the_first_inputs_are_whole_batches_until_there_are_enough(batches: list) -> None:
+    """Of 3, 2 and 5 texts."""
+    calibration = Calibration(batches)
+    assert [len(calibration.first(samples)) for samples in (1, 3, 4, 5, 6, 99)] == [1, 1, 2, 2, 3, 3]
+    assert calibration.first(4)[1] is calibration.batches[1]
+
+
 # -- moments of layers rewritten one by one -----------------------------------------------------------------------------
 
 

@@ -104,6 +104,18 @@ def test_training_the_maps_lowers_the_error_of_every_layer(teacher: Graph) -> No
     assert all(torch.equal(a, student.weights()[n]) for n, a in found.graph.weights().items() if "_map" not in n)
 
 
+def test_a_metric_is_in_the_ablation_and_its_sentence(teacher: Graph) -> None:
+    def metric(module: nn.Module) -> float:
+        with torch.no_grad():
+            return float(module(*batches(1)[0]).square().mean())
+
+    found = finetune(converted(teacher, window=8), teacher, batches(4), steps=2, precision="fp32", judgings=1, metric=metric)
+    assert all(set(row) == {"drift", "metric"} for row in found.parts.values()) and len(found.parts) == 3
+    best = found.curve[found.trained.best]
+    assert found.parts[ablation.WHOLE] == {"drift": best["drift"], "metric": best["metric"]}
+    assert f"ablation: metric {best['metric']:.4g}, without" in found.sentence()
+
+
 def test_it_gives_back_the_first_maps_when_none_are_better(teacher: Graph) -> None:
     student = converted(teacher, feature_map="hedgehog_exp")
     found = finetune(student, teacher, batches(4), steps=2, rate=1e3, warm_up=0, loss="attention", trainable="rewritten", precision="fp32", judgings=2)
@@ -140,6 +152,8 @@ def test_low_rank_updates_start_at_nothing_and_merge_into_the_weights(teacher: G
     factors = {n: p for n, p in updates.trained.items() if n.endswith((".weight_a", ".weight_b"))}
     assert len(factors) == 16 and sorted({tuple(p.shape) for p in factors.values()}) == [(3, 32), (32, 3)]
     assert all(p.requires_grad for p in updates.trained.values())
+    biases = {n for n, p in chosen.items() if p.dim() == 1}
+    assert biases and set(updates.trained) == biases | set(factors)
     assert not any(student.weight(f"layers.{i}.{j}.weight").requires_grad for i in range(2) for j in range(4))
     for p in factors.values():
         p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))

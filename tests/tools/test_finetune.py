@@ -272,6 +272,7 @@ def test_a_result_keeps_its_records_and_saves_with_the_run_among_them(tmp_path: 
     loaded = rw.load(tmp_path / "out")
     assert equal(values(loaded.graph), values(found.graph)) and loaded.name == "toy"
     assert loaded.records[-1].name == "finetune" and loaded.records[-1].options["rate"] == 1e-2
+    assert found.result.outcome.total is not None and loaded.records[-1].measured == found.result.outcome.total.as_dict()
     assert len(loaded.records) == len(CANONICAL) + 1
 
 

@@ -65,7 +65,7 @@ def pattern_of(graph: Graph) -> torch.Tensor:
 def test_the_mass_is_the_attention_paid_on_average() -> None:
     graph = capture(Attention(), local())
     (node,) = graph.find(ours.attention.default)
-    found = mean_mass(graph, [local()], {node: 8}, 8, 2)[node]
+    found = mean_mass(graph, [local()], {node: 8}, 8)[node]
     module = Attention()
     q, k, _ = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in module.qkv(local()[0]).chunk(3, -1))
     weights = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1)
