@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -15,45 +14,25 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from rewright.backends import table
+from rewright.backends.check import calls, error, fault
 from rewright.backends.table import BF16, F16, F32, KERNELS, Kernel, absent
 
-# the interpreter is silently wrong in bf16: only a GPU vouches for it
-RUNS = [(k, d) for k in KERNELS for d in k.dtypes if (k.backend, d) != ("triton", BF16)]
+RUNS = [(k, d) for k in KERNELS for d in k.dtypes]
+INTERPRETED_BF16 = 2e-2  # Triton's interpreter truncates where a GPU rounds: there this says that the code runs, and only a GPU vouches for its digits
+SHARE = {F16: (0, 2), F32: (1, 2), BF16: (0, 7)}
+"""Of Triton's calls in a dtype those from the first on, one in so many: half precision and float32 share them out, for they cost seconds."""
 Run = tuple[tuple, tuple, tuple]
 """args, outputs, args after the call"""
 
 
-def shifted(t: Tensor) -> Tensor:
-    """The same values one element into a larger storage: vector loads that trust an alignment crash here."""
-    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
-
-
-def strided(t: Tensor) -> Tensor:
-    """The same values, every second one of a larger storage."""
-    return torch.stack([t, torch.full_like(t, 7)], -1)[..., 0]
-
-
-def calls(kernel: Kernel, dtype: torch.dtype) -> Iterator[tuple]:
-    """The op's cases as they are, off alignment and strided; then the kernel's own, which reach all of its code."""
-    torch.manual_seed(0)
-    for case in importlib.import_module(f"rewright.ir.ops.{kernel.op}").cases(dtype, "cpu"):
-        yield case
-        for layout in (shifted, strided):
-            yield pytree.tree_map_only(Tensor, layout, case)
-    yield from getattr(kernel.load(), "examples", lambda *_: ())(dtype, "cpu")
-
-
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Kernel, torch.dtype], list[Run]]:
-    """All Triton runs, in one child."""
-    asked = [(k, d, args) for k, d in RUNS if k.backend == "triton" for args in calls(k, d)]
-    folder = tmp_path_factory.mktemp("interpret")
-    torch.save([(k.op, args) for k, _, args in asked], folder / "in")
-    child = [sys.executable, str(Path(__file__).with_name("interpret.py")), str(folder / "in"), str(folder / "out")]
-    done = subprocess.run(child, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def interpreted() -> dict[tuple[Kernel, torch.dtype], list[Run]]:
+    """Triton's runs, in one child; `rewright.tools.kernel_report` runs every call in every dtype."""
+    from rewright.backends.triton.interpreter import interpreted
+
+    asked = [(k, d, args) for k, d in RUNS if k.backend == "triton" for args in islice(calls(k, d, "cpu"), SHARE[d][0], None, SHARE[d][1])]
     found: dict[tuple[Kernel, torch.dtype], list[Run]] = {}
-    for (k, d, args), (outputs, after) in zip(asked, torch.load(folder / "out"), strict=True):
+    for (k, d, args), (outputs, after) in zip(asked, interpreted([(k.op, args) for k, _, args in asked]), strict=True):
         found.setdefault((k, d), []).append((args, outputs, after))
     return found
 
@@ -74,29 +53,16 @@ def ran(request: pytest.FixtureRequest, kernel: Kernel, dtype: torch.dtype) -> l
     if kernel.backend == "triton":
         return request.getfixturevalue("interpreted")[kernel, dtype]
     request.getfixturevalue("poisoned")
-    given = list(calls(kernel, dtype))
+    given = list(calls(kernel, dtype, "cpu"))
     before = pytree.tree_map_only(Tensor, Tensor.clone, given)  # the kernel gets the original: a clone is aligned and dense
     return [(b, kernel.load().launch(*g), g) for b, g in zip(before, given, strict=True)]
 
 
-def error(value: Tensor, gold: Tensor) -> float:
-    return ((value.double() - gold).abs().max() / gold.abs().max()).item()
-
-
 @pytest.mark.parametrize(("kernel", "dtype"), RUNS, ids=[f"{k.op}-{k.backend}-{str(d).removeprefix('torch.')}" for k, d in RUNS])
 def test_kernel_computes_the_meaning_of_its_op(kernel: Kernel, dtype: torch.dtype, ran: list[Run]) -> None:
-    meaning = getattr(torch.ops.rewright, kernel.op)
+    slack = INTERPRETED_BF16 if (kernel.backend, dtype) == ("triton", BF16) else 0.0
     for args, outputs, after in ran:
-        golds = pytree.tree_leaves(meaning(*pytree.tree_map_only(Tensor, Tensor.double, args)))
-        owns = pytree.tree_leaves(meaning(*args))
-        for i, (out, own, gold) in enumerate(zip(pytree.tree_leaves(outputs), owns, golds, strict=True)):
-            where = f"output {i} of {kernel.op}({', '.join(str(list(a.shape)) if isinstance(a, Tensor) else str(a) for a in args)})"
-            assert (out.dtype, out.shape) == (own.dtype, own.shape), where
-            assert out.is_contiguous(), where
-            # what the meaning itself loses in this dtype is not the kernel's fault
-            assert error(out, gold) <= kernel.rtol + torch.finfo(dtype).eps + error(own, gold), where
-        for given, left in zip(pytree.tree_leaves(args), pytree.tree_leaves(after), strict=True):
-            assert not isinstance(given, Tensor) or torch.equal(given, left), "the kernel wrote into an operand"
+        assert fault(kernel, dtype, args, outputs, after, slack) is None
 
 
 @pytest.mark.skipif(absent("triton") is not None, reason=str(absent("triton")))
@@ -109,12 +75,33 @@ def test_triton_norms_the_rounded_sum(interpreted: dict[tuple[Kernel, torch.dtyp
     assert error(y, own_y.double()) <= torch.finfo(F16).eps
 
 
+@pytest.mark.skipif(absent("triton") is not None, reason=str(absent("triton")))
+def test_triton_rounds_before_the_weight(interpreted: dict[tuple[Kernel, torch.dtype], list[Run]]) -> None:
+    """In Llama's order, as rms_norm does; the product rounded once instead differs in a quarter of the places."""
+    (kernel,) = (k for k in KERNELS if (k.op, k.backend) == ("rms_norm", "triton"))
+    for (x, w, eps), y, _ in interpreted[kernel, F16]:
+        own = torch.ops.rewright.rms_norm(x, w, eps)
+        assert (y != own).float().mean() < 0.02
+
+
 def test_kernel_says_why_not() -> None:
     triton, tvm = (next(k for k in KERNELS if (k.op, k.backend) == ("add_layer_norm", b)) for b in ("triton", "tvm"))
     assert triton.why_not("cpu", F32, ["triton"]) == "triton's add_layer_norm runs on cuda, not on cpu"
     assert tvm.why_not("cpu", F16, ["tvm"]) == "tvm's add_layer_norm does not take torch.float16"
     assert tvm.why_not("cpu", F32, []) == "tvm is not available"
     assert tvm.why_not("cpu", F32, ["tvm"]) is None
+
+
+def test_kernel_says_which_feature_a_device_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    (fp8,) = (k for k in KERNELS if k.op == "linear_fp8")
+    said = "triton's linear_fp8 needs fp8, which this cuda device lacks"
+    assert fp8.why_not("cuda", F16, ["triton"], {"cp.async"}) == said
+    assert fp8.why_not("cuda", F16, ["triton"], {"fp8", "wgmma"}) is None
+    monkeypatch.setattr(table.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(table, "absent", lambda backend: None)
+    for capability, reason in (((8, 0), said), ((8, 9), None), ((9, 0), None)):
+        monkeypatch.setattr(table.torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert fp8.why_not("cuda", F16) == reason
 
 
 def test_kernel_says_that_its_compiler_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,13 +132,15 @@ def test_tvm_versions_that_do_not_go_together_are_refused(monkeypatch: pytest.Mo
 
 
 def test_tvm_compiles_for_what_the_cpu_says_it_has() -> None:
-    from rewright.backends.tvm.compat import CPUS, llvm_target
+    from rewright.backends.tvm.compat import CPUS, llvm_target, needed
 
-    (spr, most), (v4, avx512), (v3, avx2) = CPUS
-    assert llvm_target(most | avx512 | avx2) == {"kind": "llvm", "mcpu": spr}
-    assert llvm_target(avx512 | avx2 | {"avx512_vnni"}) == {"kind": "llvm", "mcpu": v4}
-    assert llvm_target(avx2 | {"avx512f"}) == {"kind": "llvm", "mcpu": v3}
+    (v4, avx512), (v3, avx2) = CPUS
+    assert llvm_target(avx512 | avx2 | {"amx_tile"}) == {"kind": "llvm", "mcpu": v4}
+    assert llvm_target(avx512 | avx2 | {"avx512_vnni"}) == {"kind": "llvm", "mcpu": v4, "mattr": ["+avx512vnni"]}
+    assert llvm_target(avx2 | {"avx512f", "avx512_vnni"}) == {"kind": "llvm", "mcpu": v3}
     assert llvm_target({"sse2"}) == {"kind": "llvm"}
+    assert needed(avx512 | avx2 | {"avx512_vnni", "sse2"}) == avx512 | {"avx512_vnni"}
+    assert needed(avx2 | {"avx512f", "avx512_vnni"}) == avx2
 
 
 def test_reading_the_table_imports_no_compiler() -> None:
