@@ -20,6 +20,9 @@ from .call import Call, CallCodeGen
 Flat = tuple[Tensor, ...]
 """The tensors of one call, in the order of `Graph.inputs`."""
 
+UNTOLD = 16
+"""What a length is taken for that is known only when the program has run (a search's hits, an ONNX node of unknown sizes)."""
+
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 
@@ -39,6 +42,21 @@ class Recipe:
 
     function: Callable[..., Tensor]
     sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What of an ONNX file the graph does not hold itself, and a file written of it keeps."""
+
+    inputs: Mapping[str, str]
+    """Name of an argument -> the file's own name of that input."""
+    outputs: tuple[str, ...]
+    weights: Mapping[str, str]
+    """Weight -> the file's own name of it."""
+    opset: int
+    metadata: Mapping[str, str]
+    external: bool
+    """Whether weights lay in a file beside it."""
 
 
 @dataclass
@@ -63,6 +81,8 @@ class Graph:
     """What `infer` found for calls seen before: equal layers are inferred once. Shared by clones."""
     ties: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     """Weight name -> the other names the original model has for the same weight: a checkpoint may know it by one of them only."""
+    source: Source | None = None
+    """Of an imported ONNX file."""
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -114,9 +134,9 @@ class Graph:
         return any(t.is_meta for t in self.weights().values())
 
     def size(self, value: Any) -> int:
-        """An int for a size that may be symbolic: its value at the example sizes."""
+        """An int for a size that may be symbolic: its value at the example sizes. A length that only data tell counts as `UNTOLD`, for estimates."""
         if isinstance(value, torch.SymInt):
-            return int(value.node.hint)
+            return UNTOLD if value.node.hint is None else int(value.node.hint)
         return int(value)
 
     # -- editing ----------------------------------------------------------------------------------------------------
@@ -237,7 +257,7 @@ class Graph:
         for name in (str(n.target) for n in copy.find_nodes(op="get_attr")):
             share_weight(self.module, twin, name)
         twin._graph, copy.owning_module = copy, twin
-        shared = self.fake_mode, self.symbols, self.known, self.ties
+        shared = self.fake_mode, self.symbols, self.known, self.ties, self.source
         return Graph(twin, self.call, dict(self.dims), dict(self.recipes), list(self.notes), self.canonical, *shared)
 
     # -- running ----------------------------------------------------------------------------------------------------

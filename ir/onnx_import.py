@@ -8,7 +8,8 @@ import inspect
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .capture import capture
 from .errors import CaptureError, InputFileError, RewrightError
-from .graph import Graph
+from .graph import Graph, Source
 from .onnx import spellings, table
-from .onnx.model import read_onnx, torch_dtype, torch_tensor
+from .onnx.checks import OPSETS
+from .onnx.model import OnnxFile, read_onnx, torch_dtype, torch_tensor
+from .onnx.opaque import Region, bodies_of, can_run, in_order, regions, with_types
 from .onnx.values import BY_PLACE, ELEMENTWISE, LARGEST, Known, NeedsValue, Value
+
+FIRST_OPSET = 7
+"""Oldest version of the standard domain that is imported."""
 
 DTYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 NIBBLES = (21, 22)
 """UINT4 and INT4 as ONNX numbers them: weights of them are read a code a byte, and only DequantizeLinear may read those."""
+MOST_LEFT = 8
+"""Nodes that are left to onnxruntime because they need numbers that only running the model would tell; each is found by a capture of its own."""
+
 NEVER_AHEAD = ("Shape", "Size")
 """What is known without its input's values."""
 
@@ -37,25 +46,49 @@ def import_onnx(path: Path | str, args: tuple | Tensor = (), kwargs: Mapping[str
 
     args, kwargs: example inputs; by default zeros, of sizes chosen for the dynamic dims.
     dynamic_shapes: as in `capture`; by default what the file declares.
-    Raises InputFileError for a file that can't be read, CaptureError for operators that can't be imported, all of them named.
+    Operators without a meaning in torch stay what they are (ir.ops.onnx_node), and the notes say so.
+    Raises InputFileError for a file that can't be read, CaptureError for operators that onnxruntime can't run either, all of them named.
     """
     path = Path(path)
-    module = OnnxModule(read_onnx(path), path.name)
-    dynamic = module.dynamic_shapes() if dynamic_shapes is None else dynamic_shapes
+    file = read_onnx(path)
+    version = file.model.opset_imports.get("", file.model.opset_imports.get("ai.onnx"))
+    if version is not None and version < FIRST_OPSET:
+        raise CaptureError(f"{path} is of opset {version}; rewright imports {FIRST_OPSET} to {OPSETS.stop - 1} (onnx.version_converter moves a file)")
     args = args if isinstance(args, tuple) else (args,)
-    if args or kwargs:
-        graph = capture(module, args, kwargs, dynamic)
-    elif not module.inputs:
-        raise CaptureError(f"{path.name} has no inputs: it always gives the same outputs, and there is nothing to capture")
-    else:
-        graph = _capture_with_examples(module, dynamic)
-    graph.notes += module.notes
+    left: set[str] = set()
+    while True:
+        module = OnnxModule(file.model, path.name, left)
+        if not module.inputs:
+            raise CaptureError(f"{path.name} has no inputs: it always gives the same outputs, and there is nothing to capture")
+        dynamic = module.dynamic_shapes() if dynamic_shapes is None else dynamic_shapes
+        try:
+            graph = capture(module, args, kwargs, dynamic) if args or kwargs else _capture_with_examples(module, dynamic)
+            break
+        except NeedsData as error:
+            if error.value in left or len(left) == MOST_LEFT:
+                raise
+            left.add(error.value)
+    graph.source = _source(file, module, version)
+    graph.notes += [*file.remarks, *module.notes]
     graph.notes += [f"the file's input {i.original!r} is called {i.name!r} here" for i in module.inputs.values() if i.original != i.name]
     moved = [(old, new) for old, new in module.places.items() if old != new and old in module.given and graph.has_weight(new)]
     if moved:
         more = f" ({len(moved) - 1} more were renamed for Python)" if len(moved) > 1 else ""
         graph.notes.append(f"the file's weight {moved[0][0]!r} is called {moved[0][1]!r} here{more}")
     return graph
+
+
+def _source(file: OnnxFile, module: OnnxModule, opset: int | None) -> Source:
+    """What a file written of the graph keeps of this one."""
+    made_by = " ".join(filter(None, (file.model.producer_name, file.model.producer_version)))
+    return Source(
+        {i.name: i.original for i in module.inputs.values()},
+        tuple(module.outputs),
+        {place: name for name, place in module.places.items() if name in module.given},
+        opset if opset is not None else FIRST_OPSET,
+        {**file.model.metadata_props, **({"rewright.made_of": made_by} if made_by else {})},
+        len(file.digests) > 1,
+    )
 
 
 def _capture_with_examples(module: OnnxModule, dynamic: Mapping[str, Any]) -> Graph:
@@ -90,6 +123,24 @@ class Step:
     outputs: tuple[str | None, ...]
 
 
+class NeedsData(CaptureError):
+    """A node that wants as a number what only running the model would tell. value: the name of its first output."""
+
+    def __init__(self, message: str, value: str) -> None:
+        super().__init__(message)
+        self.value = value
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """Nodes that onnxruntime runs."""
+
+    region: Region
+    label: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str | None, ...]
+
+
 @dataclass(frozen=True)
 class Branch:
     """An If node: which body runs is known while tracing."""
@@ -113,18 +164,21 @@ class _Unknown:
 class OnnxModule(nn.Module):
     """Runs an onnx_ir.Model in torch. Parameters and buffers are the file's initialisers, by their names made legal."""
 
-    def __init__(self, model: Any, name: str = "model.onnx") -> None:
+    def __init__(self, model: Any, name: str = "model.onnx", left: Collection[str] = ()) -> None:
+        """left: first outputs of nodes that are left to onnxruntime though we know them."""
         super().__init__()
+        self.left, self.embeds = left, False
         self.file = name
         self.notes: list[str] = []
         self.places: dict[str, str] = {}  # value name -> parameter or buffer
         self.given = {v.name for v in model.graph.initializers.values()}  # the rest of the places hold Constant nodes
         self.constants: dict[str, Known] = {}
         self.opsets = dict(model.opset_imports)
+        with_types(model)
         self._add_inputs(model)
         self.outputs = {v.name: torch_dtype(v.dtype, f"the output {v.name!r}") if v.dtype is not None else None for v in model.graph.outputs}
         unknown = _Unknown()
-        self.steps = self._steps(model.graph, unknown)
+        self.steps = self._steps(model.graph, unknown, self._regions(model))
         if unknown.counts:
             listed = ", ".join(f"{what} ({count} node{'s' if count > 1 else ''})" for what, count in sorted(unknown.counts.items()))
             raise CaptureError(f"{name} uses operators rewright can't import: {listed}")
@@ -195,13 +249,42 @@ class OnnxModule(nn.Module):
             else:
                 return not hasattr(nn.Module(), leaf)
         return not hasattr(module, leaf) and not (
-            module is self and leaf in ("file", "steps", "inputs", "outputs", "places", "constants", "given", "notes", "opsets")
+            module is self and leaf in ("file", "steps", "inputs", "outputs", "places", "constants", "given", "notes", "opsets", "left", "embeds")
         )
 
-    def _steps(self, graph: Any, unknown: _Unknown) -> list[Any]:
+    def _regions(self, model: Any) -> list[Region]:
+        """What is left to onnxruntime, and a note that says so."""
+        model.graph.sort()
+        found = regions(model, [n for n in model.graph if self._is_opaque(n)])
+        if found:
+            counts = Counter(n.op_type for region in found for n in region.nodes)
+            listed = ", ".join(f"{name} ({count})" for name, count in counts.most_common(6))
+            self.notes.append(f"{sum(counts.values())} nodes stay as they are and run in onnxruntime, which no pass looks into: {listed}")
+        return found
+
+    def _is_opaque(self, node: Any) -> bool:
+        """Whether a node, or one in a graph inside it, has no meaning in torch but a kernel in onnxruntime."""
+        if any(v.name in self.left for v in node.outputs):
+            return True
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        bodies = [g for a in node.attributes.values() for g in bodies_of(a)]
+        if domain == "" and node.op_type == "If":
+            return any(self._is_opaque(inner) for body in bodies for inner in body)
+        if domain == "" and node.op_type == "Constant":
+            return False
+        known = table.find(domain, node.op_type, self._version(domain)) is not None and not bodies
+        return not known and can_run(domain, node.op_type)
+
+    def _version(self, domain: str) -> int:
+        return self.opsets.get(domain, self.opsets.get("ai.onnx", 1) if not domain else 1)
+
+    def _steps(self, graph: Any, unknown: _Unknown, left: Sequence[Region] = ()) -> list[Any]:
         self._add_weights(graph)
         graph.sort()
-        return [step for node in graph if (step := self._step(node, unknown)) is not None]
+        steps = [
+            Opaque(unit, unit.label, unit.inputs, unit.outputs) if isinstance(unit, Region) else self._step(unit, unknown) for unit in in_order(graph, left)
+        ]
+        return [step for step in steps if step is not None]
 
     def _step(self, node: Any, unknown: _Unknown) -> Step | Branch | None:
         domain = "" if node.domain == "ai.onnx" else node.domain
@@ -215,7 +298,7 @@ class OnnxModule(nn.Module):
             branches = [node.attributes[name].value for name in ("then_branch", "else_branch")]
             bodies = tuple((self._steps(body, unknown), tuple(v.name for v in body.outputs)) for body in branches)
             return Branch(label, str(inputs[0]), bodies, outputs)  # type: ignore[arg-type]
-        version = self.opsets.get(domain, self.opsets.get("ai.onnx", 1) if not domain else 1)
+        version = self._version(domain)
         op = table.find(domain, node.op_type, version)
         if op is None:
             unknown.add(f"{node.op_type} of {domain or 'ai.onnx'} {version}")
@@ -232,9 +315,21 @@ class OnnxModule(nn.Module):
         if (softmax := spellings.safe_softmax(node)) is not None and version >= 13:
             axis = softmax.attributes["axis"].value if "axis" in softmax.attributes else -1
             return Step(spellings.SAFE_SOFTMAX, label, (softmax.inputs[0].name,), {"axis": axis}, outputs)
+        self._note_embedding(node)
+        if (layer := spellings.quantized_linear(node)) is not None:
+            return Step(layer[0], label, layer[1], {}, outputs)
         if (source := spellings.before_merged_transpose(node)) is not None:
             return Step(spellings.TRANSPOSED_HEADS, label, (source.name, *inputs), {}, outputs)
         return Step(op, label, inputs, attributes, outputs)
+
+    def _note_embedding(self, node: Any) -> None:
+        """Where indices that are computed choose rows of a weight, ONNX counts negative ones from the end and an embedding refuses them."""
+        table_, indices = (*node.inputs, None, None)[:2]
+        if node.op_type != "Gather" or table_ is None or not table_.is_initializer() or table_.const_value is None or len(table_.const_value.shape) != 2:
+            return
+        if indices is not None and not indices.is_initializer() and table_.const_value.dtype.is_floating_point() and not self.embeds:
+            self.embeds = True
+            self.notes.append(f"rows of {table_.name!r} are chosen as by an embedding: negative indices, which ONNX counts from the end, are refused")
 
     def _constant(self, node: Any, label: str) -> None:
         import onnx_ir
@@ -326,10 +421,12 @@ class OnnxModule(nn.Module):
 
     def _run(self, steps: list[Any], env: dict[str, Value | None]) -> None:
         for step in steps:
-            if isinstance(step, Branch):
+            if isinstance(step, Opaque):
+                found: Any = self._left(step, env)
+            elif isinstance(step, Branch):
                 steps_of, names = step.bodies[0 if self._condition(step, env) else 1]
                 self._run(steps_of, env)
-                found: Any = tuple(self._value(name, env) for name in names)
+                found = tuple(self._value(name, env) for name in names)
             else:
                 found = self._call(step, env)
             env.update((name, value) for name, value in zip(step.outputs, found) if name is not None)
@@ -337,7 +434,7 @@ class OnnxModule(nn.Module):
     def _condition(self, step: Branch, env: Mapping[str, Value | None]) -> bool:
         condition = self._value(step.condition, env)
         if not isinstance(condition, Known):
-            raise CaptureError(f"{self.file}: the condition of the {step.label} is computed from data; rewright imports branches that are known")
+            raise NeedsData(f"{self.file}: the condition of the {step.label} is computed from data", str(step.outputs[0]))
         return bool(condition.scalar())
 
     def _value(self, name: str | None, env: Mapping[str, Value | None]) -> Any:
@@ -352,6 +449,14 @@ class OnnxModule(nn.Module):
             return operator.attrgetter(self.places[value.weight])(self) if value.weight is not None else value.tensor()
         return value
 
+    def _left(self, step: Opaque, env: Mapping[str, Value | None]) -> list[Tensor]:
+        inputs = [self._tensor(self._value(name, env)) for name in step.inputs]
+        try:
+            model, outputs = step.region.declared(inputs)
+        except CaptureError as error:
+            raise CaptureError(f"{self.file}: {error}") from error
+        return torch.ops.rewright.onnx_node(inputs, model, outputs)
+
     def _call(self, step: Step, env: Mapping[str, Value | None]) -> tuple[Any, ...]:
         inputs = [self._value(name, env) for name in step.inputs]
         present = [v for v in inputs if v is not None]
@@ -364,16 +469,21 @@ class OnnxModule(nn.Module):
                     return ((ELEMENTWISE | BY_PLACE)[step.op.name](*inputs, **step.attributes),)
             made = _run_op(step, arguments(step, inputs, self._tensor))
         except NeedsValue as why:
-            raise CaptureError(f"{self.file}: the {step.label} can't be imported: {why}") from why
+            raise self._refusal(step, f"can't be imported: {why}") from why
         except RewrightError:
             raise
         except Exception as error:
             if "data-dependent" in str(error) or "DataDependent" in type(error).__name__:
-                raise CaptureError(f"{self.file}: the {step.label} needs a number that only running the model would tell") from error
+                raise self._refusal(step, "needs a number that only running the model would tell") from error
             shapes = ", ".join(str(list(v.shape)) if v is not None else "none" for v in inputs)
             first = next(iter(str(error).splitlines()), "")[:200]
             raise CaptureError(f"{self.file}: the {step.label} can't be imported for inputs {shapes}: {type(error).__name__}: {first}") from error
         return tuple(made) if isinstance(made, tuple | list) else (made,)
+
+    def _refusal(self, step: Step, why: str) -> CaptureError:
+        """The next try leaves the node to onnxruntime, where that has it."""
+        message, value = f"{self.file}: the {step.label} {why}", next((name for name in step.outputs if name is not None), None)
+        return NeedsData(message, value) if value is not None and can_run(step.op.domain, step.op.name) else CaptureError(message)
 
 
 @functools.cache

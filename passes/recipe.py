@@ -28,11 +28,20 @@ class Recipe:
     budget: Budget = Budget()
     require_match: frozenset[str] = frozenset()
     ignore: tuple[str, ...] = ()
+    tidy: bool = False
+    """Whether an .onnx file that is written is tidied (backends.onnx.tidy); with no passes, an .onnx model's own nodes are, as they are."""
     source: str = "passes given on the command line or in Python"
+
+    @property
+    def only_tidies(self) -> bool:
+        """Whether all there is to do to an .onnx file is to tidy its nodes, for which it need not be imported."""
+        return self.tidy and not self.passes
 
     def to_toml(self) -> str:
         """The resolved recipe: every option spelt out, accepted back by `Recipe.load`."""
         lines = [f"# resolved from: {' '.join(self.source.split())}", f"target = {_toml(self.target)}", f"ignore = {_toml(list(self.ignore))}"]
+        if self.tidy:
+            lines.append("tidy = true")
         if budget := {k: v for k, v in dataclasses.asdict(self.budget).items() if v is not None}:
             lines += ["", "[verify]", *(f"{k} = {_toml(v)}" for k, v in budget.items())]
         for step in self.passes:
@@ -66,7 +75,7 @@ class Recipe:
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"the recipe {source} is not valid TOML: {error}") from error
-        _known_keys(data, ("target", "ignore", "verify", "pass"), source)
+        _known_keys(data, ("target", "ignore", "tidy", "verify", "pass"), source)
         entries = data.get("pass", [])
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise RecipeError(f"{source}: passes are written as [[pass]] tables with a name")
@@ -83,7 +92,8 @@ class Recipe:
             passes.append(make_pass(name, entry, f"{where} ({name})"))
         target = _checked(str, data.get("target", "cpu"), f"{source}: target")
         ignore = _checked(tuple[str, ...], data.get("ignore", []), f"{source}: ignore")
-        return Recipe(tuple(passes), target, _checked(Budget, verify, f"{source}: verify"), frozenset(required), ignore, source)
+        tidy = _checked(bool, data.get("tidy", False), f"{source}: tidy")
+        return Recipe(tuple(passes), target, _checked(Budget, verify, f"{source}: verify"), frozenset(required), ignore, tidy, source)
 
 
 def from_command_line(recipe: str | None, passes: list[str], settings: list[str]) -> Recipe:

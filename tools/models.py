@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ..ir.capture import capture
 from ..ir.errors import InputFileError, UsageError, near
 from ..ir.graph import Flat, Graph, quiet
+from ..ir.onnx.model import read_onnx, what_is
 from .calibration import read_npz
 from .score import Run
 from .zoo import ZOO, ZooModel, load_zoo, offline
@@ -41,10 +42,10 @@ def load_model(spec: str, inputs: str | None = None) -> Loaded:
     kind, _, rest = spec.partition(":")
     if kind == "zoo" and rest:
         zoo = load_zoo(rest)
-        return _capture(spec, zoo.module, (), _given(inputs) or zoo.example, zoo, zoo.calibration)
+        return _capture(spec, zoo.module, (), named_inputs(inputs) or zoo.example, zoo, zoo.calibration)
     if kind == "hf" and rest:
         module, example = _transformers(rest)
-        return _capture(spec, module, (), _given(inputs) or example)
+        return _capture(spec, module, (), named_inputs(inputs) or example)
     if kind == "timm" and rest:
         return _capture(spec, *_timm(rest, inputs))
     if kind == "py" and rest:
@@ -104,73 +105,56 @@ def _from_file(spec: str, inputs: str | None) -> Loaded:
             f"{spec!r} is no model: give a .pt2 file, a saved result folder, hf:NAME, timm:NAME, py:module:callable or "
             f"zoo:NAME.{near(spec, [f'zoo:{n}' for n in ZOO])}"
         )
-    elif path.suffix == ".pt2":
-        graph = capture(path)
-    elif path.suffix == ".onnx":
-        check_onnx(path)
+    elif path.suffix in (".pt2", ".onnx"):
         graph = capture(path)
     else:
-        raise InputFileError(f"{spec} is {_what_is(path)}; expected .pt2, .onnx or a saved result folder")
-    given = _given(inputs)
-    flat = [graph.flat_inputs((), given)] if given else [random_inputs(graph)]
-    return Loaded(spec, graph, flat)
+        with open(path, "rb") as file:
+            raise InputFileError(f"{spec} is {what_is(file.read(8))}; expected .pt2, .onnx or a saved result folder")
+    given = named_inputs(inputs)
+    if given:
+        return Loaded(spec, graph, [graph.flat_inputs((), given)])
+    return Loaded(spec, graph, [runnable_inputs(graph, spec) if path.suffix == ".onnx" else random_inputs(graph)])
 
 
-def random_inputs(graph: Graph, seed: int = 0) -> Flat:
-    """Inputs of the example sizes: small random integers (masks are ones), unit normal floats."""
+def runnable_inputs(graph: Graph, spec: str) -> Flat:
+    """Random inputs that a file's graph takes: integers may be indices into something small. Raises UsageError."""
+    why: Exception | None = None
+    for most in (100, 2, 1):
+        flat = random_inputs(graph, most=most)
+        try:
+            graph.run(flat)
+            return flat
+        except Exception as error:  # whatever an operator says of numbers it does not take
+            why = error
+    raise UsageError(f"{spec} does not run on made inputs ({str(why).splitlines()[0][:160]}); give some: --inputs data.npz, or example_inputs") from why
+
+
+def random_inputs(graph: Graph, seed: int = 0, most: int = 100) -> Flat:
+    """Inputs of the example sizes: random integers below `most` (masks are ones), unit normal floats."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for node in graph.inputs:
         value = node.meta["val"]
-        made.append(random_input(str(node.target), [graph.size(s) for s in value.shape], value.dtype, generator))
+        made.append(random_input(str(node.target), [graph.size(s) for s in value.shape], value.dtype, generator, most))
     return tuple(made)
 
 
-def random_input(name: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
-    """Small random integers, unit normal floats; ones for what is called a mask."""
+def random_input(name: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator | None = None, most: int = 100) -> Tensor:
+    """Random integers below `most`, unit normal floats; ones for what is called a mask."""
     if "mask" in name or dtype == torch.bool:
         return torch.ones(shape, dtype=dtype)
-    return torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.randint(0, 100, shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.randint(0, most, shape, generator=generator).to(dtype)
 
 
 def check_onnx(path: Path) -> Any:
-    """Read an ONNX file as an onnx_ir model. Raises InputFileError when it is missing or not one."""
-    import onnx_ir
-
-    if not path.exists():
-        raise InputFileError(f"no file {path}")
-    if path.is_dir() or path.stat().st_size == 0:
-        raise InputFileError(f"{path} is {'a folder' if path.is_dir() else 'empty'}; expected an ONNX model")
-    try:
-        model = onnx_ir.load(path)
-    except Exception as error:  # protobuf's DecodeError, and whatever else damaged bytes lead to
-        raise InputFileError(f"{path} is not an ONNX model: it looks like {_what_is(path)}") from error
-    if not model.graph.outputs:
-        raise InputFileError(f"{path} is not an ONNX model: it has no graph with outputs")
-    return model
-
-
-def _what_is(path: Path) -> str:
-    with open(path, "rb") as file:
-        head = file.read(8)
-    for magic, what in (
-        (b"PK\x03\x04", "a zip archive (.pt, .pt2, .npz or .keras?)"),
-        (b"GGUF", "a GGUF file"),
-        (b"\x89HDF", "an HDF5 file"),
-        (b"\x80\x02", "a pickle"),
-        (b"\x80\x04", "a pickle"),
-    ):
-        if head.startswith(magic):
-            return what
-    if not head:
-        return "an empty file"
-    return "a text file" if all(32 <= b < 127 or b in b"\t\n\r" for b in head) else "binary data of an unknown kind"
+    """Read an ONNX file as an onnx_ir model. Raises InputFileError when it is missing, unsound, unsafe or not one."""
+    return read_onnx(path).model
 
 
 _INPUT = re.compile(r"(?P<name>\w+)=(?P<dtype>\w+)\[(?P<shape>[\d,\s]*)\]")
 
 
-def _given(spec: str | None) -> dict[str, Tensor]:
+def named_inputs(spec: str | None) -> dict[str, Tensor]:
     """--inputs: the arrays of an .npz file, or random tensors of 'name=dtype[2,16],...' (ints are small, masks ones)."""
     if not spec:
         return {}
@@ -217,7 +201,7 @@ def _timm(name: str, inputs: str | None) -> tuple[nn.Module, tuple, dict[str, An
         model: Any = timm.create_model(name, pretrained=False).eval()
     except RuntimeError as error:
         raise UsageError(f"timm has no model {name!r}") from error
-    given = tuple(_given(inputs).values())
+    given = tuple(named_inputs(inputs).values())
     return model, given or (torch.randn(2, *model.default_cfg["input_size"]),), {}
 
 
@@ -234,7 +218,7 @@ def _python(place: str, inputs: str | None) -> tuple[nn.Module, tuple, dict[str,
     model, example = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise UsageError(f"py:{place} gave a {type(model).__name__}; expected an nn.Module, (module, args) or (module, kwargs)")
-    if given := _given(inputs):
+    if given := named_inputs(inputs):
         return model, (), given
     if isinstance(example, Mapping):
         return model, (), dict(example)

@@ -42,7 +42,7 @@ def fold(model: Any) -> None:
         else:
             continue
         sources = list(dict.fromkeys(node.inputs))
-        value = _initializer(model, f"{sources[0].name}_{node.op_type.lower()}", tensor)
+        value = initializer(model, f"{sources[0].name}_{node.op_type.lower()}", tensor)
         onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value)
         model.graph.remove(node, safe=True)
         for source in sources:
@@ -64,14 +64,15 @@ def separate(model: Any) -> None:
     for node in _blocked_dequantizations(model):
         for index, value in enumerate(node.inputs):
             if len(value.uses()) > 1:
-                node.replace_input_with(index, _initializer(model, f"{value.name}_copy", value.const_value))
+                node.replace_input_with(index, initializer(model, f"{value.name}_copy", value.const_value))
 
 
 def _blocked_dequantizations(model: Any) -> list[Any]:
     return [n for n in model.graph if n.op_type == "DequantizeLinear" and "block_size" in n.attributes]
 
 
-def _initializer(model: Any, name: str, tensor: Any) -> Any:
+def initializer(model: Any, name: str, tensor: Any) -> Any:
+    """A new weight of the model, of this name or one like it that is free."""
     import onnx_ir
 
     taken = model.graph.initializers

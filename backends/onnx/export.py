@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,9 +17,11 @@ from ...ir.files import replacing
 from ...ir.graph import Graph, graph_module, quiet
 from ...ir.nodes import argument
 from ...ir.verify import Drift, compare, example_inputs, padding_mask, rounding_sensitivity
-from . import concat, constants, stable_sort
+from . import concat, constants, onnx_node, stable_sort
 from .linear_nbits import unrounded
 from .session import Session
+from .silence import silent
+from .tidy import tidy
 
 Profile = Literal["ort", "pure"]
 
@@ -44,13 +44,16 @@ FORMS: dict[str, dict[Profile, int]] = {
     "ternary_linear": {"ort": 18, "pure": 18},
 }
 
-TRANSLATED = ("grouped_linear", "selective_scan")
+TRANSLATED = ("grouped_linear", "onnx_node", "selective_scan")
 """Ops of ours that never dissolve: `translate` in the file of their name builds their ONNX nodes."""
 
 ASSERTIONS = (torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_async.msg, torch.ops.aten._assert_async.default)
 
 ROUNDED_COSINE = 0.99
 """Least cosine between a graph and its file where onnxruntime rounds activations that the graph keeps in float."""
+
+OLDEST = 18
+"""Of the opsets that torch's exporter writes by itself."""
 
 EXTERNAL_BYTES = 1_800_000_000  # a protobuf holds 2 GB at most
 
@@ -76,17 +79,18 @@ def export(
     opset: int | None = None,
     max_error: float = 1e-3,
     metadata: Mapping[str, str] | None = None,
+    tidied: bool = False,
 ) -> Exported:
-    """Write `path` (and `path.data` when the weights exceed 1.8 GB).
+    """Write `path` (and `path.data` when the weights exceed 1.8 GB, or lay beside the file that the graph was imported from).
 
     inputs: flat inputs; parity is checked on them, at batch 1 and at other sizes. The relative error must stay below
     `max_error`, or, where the graph is that sensitive to rounding (8-bit activations), the cosine must be as near to 1 as
     that of the graph with its own copy disturbed in the last place, within a factor of 3. Weight-only layers are checked so
     without the rounding of activations that onnxruntime adds to them, and with it to a cosine of 0.99.
     profile: "ort" uses the forms measured fastest in onnxruntime, "pure" decomposes all but quantized layers, for other runtimes.
-    opset: default 20, or 23 in the "ort" profile where that brings the Attention operator (not with RoPE: from 23 on the
-    exporter makes RotaryEmbedding nodes of it that onnxruntime refuses at batch > 1; specs/capture_ir.md 5).
-    metadata: properties to write into the file.
+    opset: default that of an imported file (18 where it is older), else 20, or 23 in the "ort" profile where that brings the
+    Attention operator (not with RoPE: from 23 on the exporter makes RotaryEmbedding nodes of it that onnxruntime refuses at batch > 1; specs/capture_ir.md 5).
+    metadata: properties to write into the file. tidied: its nodes are tidied too (see `tidy`).
     Raises PromiseBroken when onnxruntime disagrees, UsageError for a graph without weights; the old file then stays.
     """
     path = Path(path)
@@ -94,9 +98,12 @@ def export(
         raise UsageError("the graph was captured without weights (meta device); fill it with Graph.materialize before export")
     opset = default_opset(graph, profile) if opset is None else opset
     model = to_onnx_ir(graph, profile, opset)
-    model.metadata_props.update(metadata or {})
+    if tidied:
+        model = tidy(model).model
+    model.metadata_props.update({**(graph.source.metadata if graph.source is not None else {}), **(metadata or {})})
     data = f"{path.name}.data"
-    external = data if graph.weight_bytes() > EXTERNAL_BYTES else None
+    outside = graph.weight_bytes() > EXTERNAL_BYTES or graph.source is not None and graph.source.external
+    external = data if outside else None
     flats = [*example_inputs(graph, inputs[0]), *inputs[1:]] if inputs else []
     rounds = any(n.op_type == "MatMulNBits" or "block_size" in n.attributes for n in model.graph)
     parity = None
@@ -136,12 +143,13 @@ def _rounded_parity(graph: Graph, session: Session, flats: list[tuple[Tensor, ..
 
 
 def default_opset(graph: Graph, profile: Profile) -> int:
-    """23 where the Attention operator helps and RoPE does not forbid it, 21 for blocked DequantizeLinear, else 20."""
+    """An imported file's own, from 18 on, where all has a form in it; else 23 where the Attention operator helps and RoPE does not forbid it, or 20."""
     ours = torch.ops.rewright
-    if profile == "pure" and graph.find(ours.linear_nbits.default):
-        return 21
+    least = 21 if profile == "pure" and graph.find(ours.linear_nbits.default) else OLDEST  # for blocked DequantizeLinear
+    if graph.source is not None:
+        return max(least, graph.source.opset, 19 if graph.find(ours.linear_fp8.default) else OLDEST)
     attention = graph.find(ours.attention.default, ours.multi_head_attention.default)
-    return 23 if profile == "ort" and attention and not graph.find(ours.rope.default) else 20
+    return max(least, 23 if profile == "ort" and attention and not graph.find(ours.rope.default) else 20)
 
 
 def to_onnx_ir(graph: Graph, profile: Profile = "ort", opset: int = 20) -> Any:
@@ -163,11 +171,13 @@ def to_onnx_ir(graph: Graph, profile: Profile = "ort", opset: int = 20) -> Any:
         )
     assert program is not None
     model = program.model
+    onnx_node.put_back(model)
     constants.fold(model)
     constants.separate(model)
     concat.quantize_parts(model)
     _name_dims(model, graph)
     _free_output_names(model)
+    _own_names(model, graph)
     _drop_traces(model)
     model.producer_name, model.doc_string = "rewright", None
     return model
@@ -269,6 +279,26 @@ def _free_output_names(model: Any) -> None:
                 value.name = f"{value.name}_inner"
 
 
+def _own_names(model: Any, graph: Graph) -> None:
+    """An imported file's own names of its inputs, outputs and weights, where they are still there and nothing else is called so."""
+    if graph.source is None:
+        return
+    of_source, values = (
+        graph.source,
+        {v.name: v for v in (*model.graph.inputs, *model.graph.initializers.values(), *(o for n in model.graph for o in n.outputs))},
+    )
+    wanted = {new: old for new, old in {**of_source.weights, **of_source.inputs}.items() if new in values and new != old}
+    outputs = of_source.outputs if len(of_source.outputs) == len(model.graph.outputs) else ()
+    wanted |= {v.name: name for v, name in zip(model.graph.outputs, outputs) if v.name != name}
+    for value in values.values():  # what stands in the way steps aside
+        if value.name in wanted.values() and value.name not in wanted:
+            value.name = f"{value.name}_inner"
+    for new in wanted:
+        values[new].name = f"{new}_renamed"  # two may change places
+    for new, old in wanted.items():
+        values[new].name = old
+
+
 def _name_dims(model: Any, graph: Graph) -> None:
     """torch.export's s72 becomes the capture's `batch`, everywhere."""
     import onnx_ir
@@ -289,15 +319,3 @@ def _save(model: Any, path: Path, external: str | None) -> None:
     import onnx_ir
 
     onnx_ir.save(model, path, external_data=external)
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """The exporter and onnxruntime's tools talk on stdout and log about what we don't need."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...ir.errors import InputFileError
+from ...ir.errors import InputFileError, UsageError
 
 
 class Session:
@@ -20,6 +20,7 @@ class Session:
     def __init__(self, model: Path | bytes, threads: int = 1, profile: Path | None = None, round_activations: bool = True) -> None:
         import onnxruntime
 
+        self.name = "the model in memory" if isinstance(model, bytes) else str(model)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
@@ -30,12 +31,16 @@ class Session:
         try:
             self.session = onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own classes for missing, damaged and unsupported models
-            what = "the model in memory" if isinstance(model, bytes) else str(model)
-            raise InputFileError(f"onnxruntime can't load {what}: {str(error).splitlines()[0][:300]}") from error
+            raise InputFileError(f"onnxruntime can't load {self.name}: {str(error).splitlines()[0][:300]}") from error
         self.inputs = [i.name for i in self.session.get_inputs()]
         self.outputs = [o.name for o in self.session.get_outputs()]
 
     def __call__(self, flat: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run once. Inputs beyond what the model reads are an error, as a missing one is."""
         feeds = {name: tensor.detach().contiguous().numpy() for name, tensor in zip(self.inputs, flat, strict=True)}
-        return tuple(torch.from_numpy(a) for a in self.session.run(self.outputs, feeds))
+        try:
+            found = self.session.run(self.outputs, feeds)
+        except Exception as error:  # its own classes again: sizes or numbers the model does not take
+            sizes = ", ".join(f"{name} {list(x.shape)}" for name, x in feeds.items())
+            raise UsageError(f"onnxruntime can't run {self.name} on {sizes}: {str(error).splitlines()[0][:300]}") from error
+        return tuple(torch.from_numpy(a) for a in found)

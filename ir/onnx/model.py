@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputFileError
+from .checks import check, external_files
 
-OPSETS = range(7, 27)
-"""Versions of the standard domain that we read."""
-
-MOST_NODES = 1_000_000
 LARGEST_PROTOBUF = 2**31  # bytes; the format's own limit
 
 _DTYPES = {
@@ -45,27 +42,46 @@ _DTYPES = {
 _AS_BYTES = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
 
 
-def read_onnx(path: Path) -> Any:
-    """The file as an onnx_ir.Model whose weights stay in the file until read. Raises InputFileError, in one sentence, if it can't be trusted."""
+@dataclass(frozen=True)
+class OnnxFile:
+    """A file that was read and found sound."""
+
+    path: Path
+    model: Any
+    """onnx_ir.Model; weights in files beside it stay there until read. Functions are inlined."""
+    digests: dict[str, str]
+    """sha256 of the file and of those its weights lie in, by name."""
+    remarks: tuple[str, ...] = ()
+
+    def unchanged(self) -> None:
+        """Raises InputFileError if the file, or one its weights lie in, is another than when it was read."""
+        for name, digest in self.digests.items():
+            if _digest(self.path.resolve().parent / name) != digest:
+                raise InputFileError(f"{self.path.parent / name} was changed while rewright worked on it; run it again")
+
+
+def read_onnx(path: Path) -> OnnxFile:
+    """Read an ONNX file: a whole one, sound, with external data inside its folder. Raises InputFileError, in one sentence."""
+    import onnx
     import onnx_ir
 
-    if not path.exists():
-        raise InputFileError(f"no file {path}")
-    if path.is_dir():
-        raise InputFileError(f"{path} is a folder; expected an ONNX model")
-    if not 0 < path.stat().st_size < LARGEST_PROTOBUF:
-        raise InputFileError(f"{path} has {path.stat().st_size} bytes; an ONNX model has 1 to {LARGEST_PROTOBUF - 1} (larger weights go into a file beside it)")
+    from . import table
+
+    path = Path(path)
+    content = _content(path)
     try:
-        model = onnx_ir.load(path)
-    except Exception as error:  # protobuf's DecodeError, and whatever else damaged bytes lead to
-        raise InputFileError(f"{path} is not an ONNX model, or is damaged: {_first_line(error)}") from error
-    if not model.graph.outputs:
-        raise InputFileError(f"{path} is not an ONNX model: it has no graph with outputs")
-    version = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
-    if version is not None and version not in OPSETS:
-        raise InputFileError(f"{path} is of opset {version}; rewright reads {OPSETS.start} to {OPSETS.stop - 1} (onnx.version_converter moves a file)")
-    for name, tensor in _external(model):
-        _check_external(path, name, tensor)
+        proto = onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf's DecodeError, also for graphs nested too deep
+        raise InputFileError(f"{path} is not an ONNX model, or is damaged: it looks like {what_is(content)}") from error
+    remarks = check(path, proto, {(op.domain, op.name) for op in table.OPS})
+    digests = {path.resolve().name: hashlib.sha256(content).hexdigest()}
+    folder = path.resolve().parent
+    digests |= {file.relative_to(folder).as_posix(): _digest(file) for file in external_files(path, proto)}
+    try:
+        model = onnx_ir.from_proto(proto)
+        onnx_ir.external_data.set_base_dir(model.graph, folder)
+    except Exception as error:
+        raise InputFileError(f"{path} can't be read: {_first_line(error)}") from error
     if model.functions:
         from onnx_ir.passes.common import InlinePass
 
@@ -73,53 +89,45 @@ def read_onnx(path: Path) -> Any:
             InlinePass()(model)
         except Exception as error:
             raise InputFileError(f"the functions of {path} can't be inlined: {_first_line(error)}") from error
-    nodes = sum(1 for _ in model.graph)
-    if nodes > MOST_NODES:
-        raise InputFileError(f"{path} has {nodes} nodes; rewright reads {MOST_NODES}")
-    return model
+    return OnnxFile(path, model, digests, tuple(dict.fromkeys(remarks)))
 
 
-def _external(model: Any) -> Iterator[tuple[str, Any]]:
-    """Every tensor that lies in another file: initialisers, attributes, in subgraphs and functions too."""
-    import onnx_ir
-
-    graphs = [model.graph, *(f.graph for f in model.functions.values())]
-    while graphs:
-        graph = graphs.pop()
-        yield from ((v.name, v.const_value) for v in graph.initializers.values() if isinstance(v.const_value, onnx_ir.ExternalTensor))
-        for node in graph:
-            for attribute in node.attributes.values():
-                if attribute.is_ref():
-                    continue
-                if attribute.type == onnx_ir.AttributeType.GRAPH:
-                    graphs.append(attribute.value)
-                elif attribute.type == onnx_ir.AttributeType.GRAPHS:
-                    graphs.extend(attribute.value)
-                else:
-                    values = attribute.value if isinstance(attribute.value, tuple | list) else [attribute.value]
-                    yield from ((f"{node.name}.{attribute.name}", v) for v in values if isinstance(v, onnx_ir.ExternalTensor))
+def _content(path: Path) -> bytes:
+    if path.is_dir():
+        raise InputFileError(f"{path} is a folder; expected an ONNX model")
+    try:
+        size = path.stat().st_size
+        if not 0 < size < LARGEST_PROTOBUF:
+            raise InputFileError(f"{path} has {size} bytes; an ONNX model has 1 to {LARGEST_PROTOBUF - 1} (larger weights go into a file beside it)")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputFileError(f"no file {path}") from None
+    except (OSError, ValueError) as error:  # no permission, a loop of links, a name with NUL
+        raise InputFileError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _check_external(path: Path, name: str, tensor: Any) -> None:
-    """Resolve, contain, refuse links, and bound by the real file's size."""
-    place, folder = str(tensor.location), path.resolve().parent
-    what = f"{path}: the weight {name!r} lies in {place!r}"
-    parts = place.replace("\\", "/").split("/")
-    if "\0" in place or not place or place.startswith(("/", "\\")) or ".." in parts or (len(place) > 1 and place[1] == ":"):
-        raise InputFileError(f"{what}, which leaves the model's folder; the file is unsafe")
-    step = folder
-    for part in parts:
-        step = step / part
-        if step.is_symlink():
-            raise InputFileError(f"{what}, which goes through a symbolic link; copy the data beside the model")
-    if not step.is_file():
-        raise InputFileError(f"{what}, which is missing; it belongs beside the model")
-    state = os.stat(step)
-    if state.st_nlink > 1:
-        raise InputFileError(f"{what}, which is a hard link to another file; copy the data beside the model")
-    offset, length = tensor.offset or 0, tensor.length if tensor.length is not None else tensor.nbytes
-    if offset < 0 or length < 0 or offset + max(length, tensor.nbytes) > state.st_size:
-        raise InputFileError(f"{what} at bytes {offset} to {offset + max(length, tensor.nbytes)}; that file has {state.st_size}")
+def _digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return "missing"
+
+
+def what_is(content: bytes) -> str:
+    """What the beginning of a file that is not an ONNX model looks like."""
+    for magic, what in (
+        (b"PK\x03\x04", "a zip archive (.pt, .pt2, .npz or .keras?)"),
+        (b"GGUF", "a GGUF file"),
+        (b"\x89HDF", "an HDF5 file"),
+        (b"\x80\x02", "a pickle"),
+        (b"\x80\x04", "a pickle"),
+    ):
+        if content.startswith(magic):
+            return what
+    if not content:
+        return "an empty file"
+    return "a text file" if all(32 <= b < 127 or b in b"\t\n\r" for b in content[:8]) else "binary data of an unknown kind, or half a file"
 
 
 def torch_dtype(dtype: Any, what: str) -> torch.dtype:

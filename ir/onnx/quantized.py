@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .neural import conv
+from .values import NeedsValue
 
 RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127), torch.uint16: (0, 65535), torch.int16: (-32768, 32767)}
 
@@ -126,14 +127,6 @@ def dynamic_quantize_matmul(a: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tenso
     return matmul_integer_to_float(codes, b, scale, b_scale, zero, b_zero, bias)
 
 
-def unpack_codes(packed: Tensor, bits: int) -> Tensor:
-    """uint8 [..., bytes] -> codes, the first in the low bits."""
-    if bits == 8:
-        return packed.to(torch.int32)
-    shifts = torch.arange(8 // bits) * bits
-    return (torch.bitwise_right_shift(packed.to(torch.int32)[..., None], shifts) & (2**bits - 1)).flatten(-2)
-
-
 def matmul_nbits(
     a: Tensor,
     b: Tensor,
@@ -150,13 +143,9 @@ def matmul_nbits(
     weight_prepacked: int = 0,
 ) -> Tensor:
     """a [..., K] times a weight of N rows, whose codes lie in blocks: (code - zero) * scale. b: uint8 [N, blocks, block_size * bits / 8]."""
+    if group is not None:
+        raise NeedsValue("its channels are grouped by an index (g_idx), which no layer of ours has")
     blocks = -(-K // block_size)
-    codes = unpack_codes(b.reshape(N, blocks, -1), bits).to(a.dtype)
-    if zeros is None:
-        zero = torch.full((), 2 ** (bits - 1), dtype=a.dtype)
-    elif zeros.dtype == torch.uint8:
-        zero = unpack_codes(zeros.reshape(N, -1), bits)[:, :blocks].to(a.dtype)[..., None]
-    else:
-        zero = zeros.reshape(N, blocks, 1)
-    weight = ((codes - zero) * scales.reshape(N, blocks, 1)).flatten(1)[:, :K]
-    return torch.nn.functional.linear(a, weight, bias)
+    if zeros is not None:
+        zeros = zeros.reshape(N, -1) if zeros.dtype == torch.uint8 else zeros.reshape(N, blocks)
+    return torch.ops.rewright.linear_nbits(a, b.reshape(N, blocks, -1), scales.reshape(N, blocks), zeros, bias, bits, block_size)

@@ -90,8 +90,10 @@ def gather(x: Tensor, indices: Value, axis: int = 0) -> Tensor:
     if isinstance(indices, Known):
         if not indices.shape:
             return x.select(axis, indices.scalar())
-        indices = indices.tensor()
-    if isinstance(x, torch.nn.Parameter) and x.dim() == 2 and axis == 0:  # an embedding: its indices are never negative
+        known, indices = indices.concrete, indices.tensor()
+        if known and bool((indices < 0).any()):
+            return x[(slice(None),) * axis + (indices.long(),)]
+    if isinstance(x, torch.nn.Parameter) and x.dim() == 2 and axis == 0:  # an embedding; the import's notes say that its indices may not be negative
         return F.embedding(indices, x)
     return x[(slice(None),) * axis + (indices.long(),)]
 

@@ -20,6 +20,7 @@ from . import linear_int8_static as linear_int8_static
 from . import linear_nbits as linear_nbits
 from . import linear_token as linear_token
 from . import multi_head_attention as multi_head_attention
+from . import onnx_node as onnx_node
 from . import quick_gelu as quick_gelu
 from . import rms_norm as rms_norm
 from . import rope as rope
@@ -71,4 +72,4 @@ OPS = (
     "token_places",
     "token_take",
 )
-"""Every op of ours by name; `ir.ops.<name>` holds its meaning and its `cases`."""
+"""Every op of ours with a meaning in torch by name (onnx_node has onnxruntime's); `ir.ops.<name>` holds its meaning and its `cases`."""
