@@ -31,28 +31,36 @@ class Timing:
         return asdict(self)
 
 
-def alternate(candidates: Mapping[str, Callable[[], Any]], reference: str, rounds: int = 15, warm_up: int = 2, budget_s: float = 20.0) -> dict[str, Timing]:
+def alternate(
+    candidates: Mapping[str, Callable[[], Any]],
+    reference: str,
+    rounds: int = 15,
+    warm_up: int = 2,
+    budget_s: float = 20.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
     """Time every candidate once a round, in turn, for `rounds` rounds or until `budget_s` seconds are spent (at least 5).
 
-    Wall time of one call each; calls under a millisecond are repeated within the round until they take one.
+    Time of one call each by `clock`, wall time or (of one thread, beside other work) time.process_time; calls under a millisecond are
+    repeated within the round until they take one.
     """
     repeats = {}
     for name, call in candidates.items():
         for _ in range(warm_up):
             call()
-        begin = time.perf_counter()
+        begin = clock()
         call()
-        repeats[name] = max(1, int(1e-3 / max(time.perf_counter() - begin, 1e-6)))
+        repeats[name] = max(1, int(1e-3 / max(clock() - begin, 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     begin = time.perf_counter()
     for done in range(rounds):
         if done >= 5 and time.perf_counter() - begin > budget_s:
             break
         for name, call in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats[name]):
                 call()
-            times[name].append((time.perf_counter() - start) / repeats[name] * 1e3)
+            times[name].append((clock() - start) / repeats[name] * 1e3)
     return {name: _timing(name, own, times[reference]) for name, own in times.items()}
 
 

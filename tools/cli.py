@@ -23,7 +23,7 @@ app = typer.Typer(
 
 WrongUsage: Any = typer.BadParameter.__bases__[0]  # click's UsageError, which some versions of typer bring along under another name
 
-Model = Annotated[str, typer.Argument(help=".pt2, saved result folder, hf:NAME_OR_FOLDER, timm:NAME, py:module:callable, zoo:NAME")]
+Model = Annotated[str, typer.Argument(help=".onnx, .pt2, saved result folder, hf:NAME_OR_FOLDER, timm:NAME, py:module:callable, zoo:NAME")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Inputs = Annotated[str | None, typer.Option(help="Example inputs: an .npz file or 'name=int64[2,16],...'.")]
 RecipeName = Annotated[str | None, typer.Option("-r", "--recipe", help="Shipped recipe or .toml file.")]
@@ -47,7 +47,8 @@ def optimize(
     tokenizer: Tokenizer = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Module path no lossy pass may touch.")] = None,
     profile: Annotated[str, typer.Option(help="ONNX operators: ort (com.microsoft where faster) or pure.")] = "ort",
-    opset: Annotated[int | None, typer.Option(help="ONNX opset of an .onnx output; default 20, or 23 where the Attention operator helps.")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset of an .onnx output; default an .onnx file's own, else 20, or 23 for Attention.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Also compile: torch, onnx, tvm, triton, kernels, or auto (the fastest here).")] = None,
     verify: Annotated[bool, typer.Option(help="Check every pass against the original.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -66,8 +67,9 @@ def optimize(
                 print(f"going on from {there}", file=sys.stderr)
     with present.progress() as bar:
         given: dict[str, Any] = {"recipe": plan, "target": target, "verify": verify, "ignore": ignore or (), "checkpoint": checkpoint}
-        result = run(_load(model, inputs, calibration, tokenizer), progress=bar, **given)
-        written = _write(result, out, profile, opset) if out is not None else None
+        result = run(_subject(model, plan, inputs, calibration, tokenizer), progress=bar, **given)
+        lowering = result.lower(backend, target) if backend is not None else None
+        written = _write(result, out, profile, opset, lowering) if out is not None else None
     if checkpoint is not None:
         remove_checkpoints(checkpoint)
     payload = {
@@ -77,10 +79,12 @@ def optimize(
         "passes": [r.as_dict() for r in result.records],
         "verification": result.verification,
     }
-    undone = [f"{r.name}: {r.undone}" for r in result.outcome.undone]
+    if lowering is not None:
+        payload["lowering"] = lowering.as_dict()
+    undone = [f"{r.name}: {r.undone}" for r in result.records if r.undone]
     if undone:
         payload["error"] = {"code": "promise-broken", "message": f"undone: {'; '.join(undone)}"}
-    _print(payload, as_json, lambda: present.result(result, model, written))
+    _print(payload, as_json, lambda: present.result(result, model, written, lowering))
     if undone:
         raise typer.Exit(4)
 
@@ -103,7 +107,8 @@ def plan(
 
     chosen = _recipe(recipe, passes, settings)
     with present.progress() as bar:
-        result = run(_load(model, inputs, calibration, tokenizer), recipe=chosen, target=target, verify=False, train=False, progress=bar)
+        subject = _subject(model, chosen, inputs, calibration, tokenizer)
+        result = run(subject, recipe=chosen, target=target, verify=False, train=False, progress=bar)
     _print(present.plan_payload(result, target or chosen.target), as_json, lambda: present.plan(result, target or chosen.target))
 
 
@@ -190,7 +195,7 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="Another MODEL to agree with, on --data.")] = None,
     data: Annotated[str | None, typer.Option(help="Inputs for --against: .npz, .jsonl or .txt.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="For text: a tokenizer's folder or tokenizer.json.")] = None,
-    backend: Annotated[str, typer.Option(help="torch, compile, onnx, or a target to lower for.")] = "torch",
+    backend: Annotated[str, typer.Option(help="torch, compile, onnx, tvm, or a target to lower for.")] = "torch",
     most: Annotated[int | None, typer.Option(help="Only so many held-out items.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -265,22 +270,26 @@ def cost(
     model: Model,
     target: TargetName = "cpu",
     inputs: Inputs = None,
-    most: int = 15,
+    shape: Annotated[str | None, typer.Option(help="Sizes of the model's dynamic dims, such as 8x128; default: those of its example.")] = None,
+    most: Annotated[int, typer.Option(help="Calls to list.")] = 15,
     energy: Annotated[bool, typer.Option("--energy", help="Modelled energy instead of time: picojoules on an ASIC, from a published table.")] = False,
     as_json: Json = False,
 ) -> None:
     """Bytes, FLOPs and predicted time of every call on a target, the dearest first. No device is needed."""
     from . import present
+    from .compare import dim_sizes
     from .optimize import cost as run
 
     graph = _canonical(model, inputs)
+    sizes = {name: dim.example for name, dim in graph.dims.items()} if shape is None else dim_sizes(graph, shape)
     if energy:
         from ..ir.energy import energy as modelled
 
-        calls = modelled(graph)
+        calls = modelled(graph, sizes)
         return _print(present.energy_payload(calls), as_json, lambda: present.energies(calls, most))
-    rows = run(graph, target or "cpu")
-    _print(present.cost_payload(rows, target or "cpu"), as_json, lambda: present.costs(rows, target or "cpu", most))
+    rows = run(graph, target or "cpu", sizes)
+    payload = present.cost_payload(rows, target or "cpu", sizes)
+    _print(payload, as_json, lambda: present.costs(rows, payload, most))
 
 
 @app.command()
@@ -362,10 +371,24 @@ def targets(as_json: Json = False) -> None:
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine instead: what a target file says of it, half a minute.")] = False,
+    device: Annotated[str | None, typer.Option(help="What --measure is for: cpu or cuda; default: cuda where torch sees a device.")] = None,
+    out: Annotated[str | None, typer.Option("-o", "--out", help="Write what was measured to this .toml file, for --target.")] = None,
+    as_json: Json = False,
+) -> None:
     """What is installed, what this machine can run, and what is missing for the rest."""
     from . import facts
 
+    if measure:
+        from . import present
+        from .measure import measure as run
+
+        with present.progress() as bar:
+            measured = run(device, out=out, progress=bar)
+        return _print({**vars(measured), "output": out}, as_json, lambda: facts.measured(measured, out))
+    if device or out:
+        raise UsageError("--device and -o say what `rewright doctor --measure` measures and where it writes it; add --measure")
     found = facts.doctor_facts()
     _print(found, as_json, lambda: facts.aligned(found))
 
@@ -436,6 +459,11 @@ def _load(model: str, inputs: str | None, data: str | None = None, tokenizer: st
     return loaded
 
 
+def _subject(model: str, recipe: Any, *given: str | None) -> Any:
+    """What `optimize` works on: an .onnx file's own name where the recipe only tidies its nodes, else the model captured."""
+    return model if recipe.only_tidies and model.endswith(".onnx") else _load(model, *given)
+
+
 def _canonical(model: str, inputs: str | None) -> Any:
     from ..passes.pipeline import Pipeline
 
@@ -469,8 +497,17 @@ def _check_folder(out: str) -> None:
     _check_out(out)
 
 
-def _write(result: Any, out: str, profile: str, opset: int | None) -> str:
+def _write(result: Any, out: str, profile: str, opset: int | None, lowering: Any = None) -> str:
     path = Path(out)
+    if lowering is not None and lowering.lowered.backend == "tvm":
+        from ..backends.tvm.runtime import FOLDER
+
+        if path.suffix in (".onnx", ".pt2"):
+            raise UsageError(f"a program compiled by tvm is a folder: -o {path.with_suffix('')}, or another --backend for {path}")
+        lowering.lowered.run.check_complete()
+        result.save(path)
+        lowering.lowered.run.save(path / FOLDER)
+        return str(path)
     if path.suffix == ".onnx":
         result.export(path, _profile(profile), opset)
     elif path.suffix == ".pt2":

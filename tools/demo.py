@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.onnx.export import Exported, export, silent
+from ..backends.onnx.export import Exported, export
 from ..backends.onnx.session import Session
+from ..backends.onnx.silence import silent
+from ..backends.table import absent
 from ..backends.target import cpu_features
 from ..ir.graph import Graph, quiet
 from .bench import Timing, alternate
@@ -28,6 +30,7 @@ from .zoo.minilm import encode, judged_texts
 SHAPES = ((1, 32), (8, 128), (32, 64))
 BASELINE = "onnxruntime quantize_dynamic"
 OURS = "rewright encoder-int8"
+OURS_TVM = "rewright encoder-int8, compiled by TVM"
 EAGER, COMPILED, FP32 = "torch eager fp32", "torch.compile fp32", "onnxruntime fp32"
 EAGER_BF16, COMPILED_BF16 = "torch eager bf16", "torch.compile bf16"
 
@@ -77,9 +80,17 @@ def demo(out: Path, quick: bool = False, progress: Callable[[str, int, int], Non
         torch.set_num_threads(threads)
 
 
+def _tvm(graph: Graph) -> Callable[[dict[str, Tensor]], Any]:
+    """The program compiled by TVM, on batches by name."""
+    from ..backends.tvm.build import compile_graph
+
+    compiled, names = compile_graph(graph), graph.call.names
+    return lambda batch: compiled([batch[name] for name in names])[0]
+
+
 def _demo(out: Path, quick: bool, progress: Callable[[str, int, int], None]) -> Demo:
     steps = iter(range(100))
-    say = lambda what: progress(what, next(steps), 9)  # noqa: E731
+    say = lambda what: progress(what, next(steps), 10)  # noqa: E731
     say("loading and capturing MiniLM")
     loaded = load_model("zoo:minilm")
     zoo = loaded.zoo
@@ -105,6 +116,9 @@ def _demo(out: Path, quick: bool, progress: Callable[[str, int, int], None]) -> 
         sessions[OURS] = Session(out)
         sizes[OURS] = (exported.nodes, exported.bytes)
         runs: dict[str, Callable[[dict[str, Tensor]], Any]] = {name: (lambda batch, s=s: s([batch[i] for i in s.inputs])[0]) for name, s in sessions.items()}
+        if absent("tvm") is None:
+            say("compiling the same program with TVM")
+            runs[OURS_TVM] = _tvm(result.graph)
         module = zoo.module
         runs[EAGER] = lambda batch: module(**batch).last_hidden_state
         if not quick:
@@ -123,7 +137,7 @@ def _demo(out: Path, quick: bool, progress: Callable[[str, int, int], None]) -> 
                     {n: (lambda run=run, inputs=inputs: run(inputs)) for n, run in runs.items()}, BASELINE, rounds=7 if quick else 21
                 )
         say("embedding real text")
-        quality = {name: zoo.judge(runs[name], 128 if quick else None) for name in (FP32, BASELINE, OURS)}
+        quality = {name: zoo.judge(runs[name], 128 if quick else None) for name in (FP32, BASELINE, OURS, OURS_TVM) if name in runs}
     say("done")
     return Demo(result, captured_ms, exported, sizes, timings, quality, conditions())
 

@@ -59,7 +59,7 @@ def evaluate(
     on: "zoo:NAME" for that zoo model's metric on held-out data, "py:module:function" or a callable for one's own:
       `judge(run) -> float or [Score]` with `run({input name: tensor}) -> the first output`. Default: the zoo model it came from.
     against, data: another model and inputs (as for `calibration`): cosine of the outputs and agreement of the likeliest entries.
-    backend: "torch", "compile" (torch.compile), "onnx" (exported, then onnxruntime), or a target such as "h200" to lower for.
+    backend: "torch", "compile" (torch.compile), "onnx" (exported, then onnxruntime), "tvm", or a target such as "h200" to lower for.
     most: only so many held-out items.
     Raises UsageError when there is nothing to judge by.
     """
@@ -122,8 +122,9 @@ def _runner(model: nn.Module | Graph | Path, backend: str, scratch: Path) -> tup
     if isinstance(model, Path) or backend == "onnx":
         return _session_run(model, scratch), "onnxruntime"
     if backend not in BACKENDS:
-        model = lower(model, Target.load(backend)).graph
-        return runner_of(model.module), backend
+        known = backend in ("tvm", "triton", "kernels")
+        lowered = lower(model, Target.load("cpu" if known else backend), backend=backend if known else "kernels")
+        return runner_of(lowered.module), backend
     return _in_torch(model.module, backend)
 
 

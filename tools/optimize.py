@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -37,6 +37,9 @@ from ..passes.rewrite import Declined, Pass, Rewrite, near_misses
 from ..passes.statistics import Calibration
 from .calibration import calibration as _calibration
 from .models import Flat, Loaded, as_flat, load_model, own_metric, random_inputs
+
+if TYPE_CHECKING:
+    from .lowering import Lowering
 
 Progress = Callable[[str, int, int], None]
 
@@ -112,7 +115,18 @@ class Result:
     def export(self, path: str | Path, profile: Profile = "ort", opset: int | None = None) -> Exported:
         """Write an ONNX file, checked in onnxruntime at several shapes before it gets its name."""
         check_writable(Path(path))
-        return export(self.graph, path, self.inputs[:1], profile, opset, metadata={"rewright.model": self.name} if self.name else {})
+        metadata = {"rewright.model": self.name} if self.name else {}
+        return export(self.graph, path, self.inputs[:1], profile, opset, metadata=metadata, tidied=self.recipe.tidy)
+
+    def lower(self, backend: str = "auto", target: str | None = None) -> Lowering:
+        """The program as a backend runs it: `.lowered.module` is called like the original, `.lowered.choices` say what runs every node and why.
+
+        backend: torch, onnx (onnxruntime), tvm, triton, kernels (the best of the table for each op), or auto: the fastest here, measured.
+        target: default the recipe's. Raises UsageError where the backend can't run there.
+        """
+        from .lowering import lower_for
+
+        return lower_for(self.graph, Target.load(target or self.recipe.target), backend, self.inputs[0] if self.inputs else None)
 
 
 def capture(model: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Mapping[str, Any] | None = None) -> Graph:
@@ -137,8 +151,10 @@ def optimize(
     """Rewrite a model by a recipe, every pass verified.
 
     example_inputs: dict of keyword arguments, tuple of positional ones, or one tensor (not needed for zoo: and files).
-    recipe: shipped name, TOML path, Recipe, or a list of passes. calibration: batches like example_inputs, or a file (see
-    `calibration` for what else); statistics are gathered on the first three quarters, lossy passes judged on the last. target: overrides the recipe's.
+    recipe: shipped name, TOML path, Recipe, or a list of passes; one that only tidies takes any .onnx file (tools.onnx_file).
+    calibration: batches like example_inputs, or a file (see `calibration` for what else); statistics are gathered on the first three
+    quarters, lossy passes judged on the last.
+    target: overrides the recipe's.
     metric: module -> number, higher is better (a zoo model has its own, on its calibration data).
     ignore: module paths no lossy pass touches. latency: graph -> milliseconds, recorded after every pass that changed something.
     checkpoint: the n-th `finetune` of the recipe keeps a file `checkpoint-n`, from which the same call goes on, also when the process was
@@ -147,6 +163,10 @@ def optimize(
     Raises Interrupted for a Ctrl-C that leaves a checkpoint.
     """
     plan = as_recipe(recipe)
+    if plan.only_tidies and isinstance(model, str | Path) and str(model).endswith(".onnx"):
+        from .onnx_file import tidied_file
+
+        return tidied_file(model, plan)
     loaded = loaded_from(model, example_inputs)
     calibration = calibration if isinstance(calibration, str | Path) else list(calibration)
     batches = batches_of(loaded, calibration)

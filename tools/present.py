@@ -13,6 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .lowering import Lowering, in_torch
+from .onnx_file import TidiedFile
+
 console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)  # names and shapes hold square brackets
 
 
@@ -48,8 +51,10 @@ def megabytes(count: float) -> str:
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
-def result(found: Any, model: str, written: str | None) -> None:
+def result(found: Any, model: str, written: str | None, lowering: Lowering | None = None) -> None:
     """What `optimize` did, pass by pass, then the end against the original."""
+    if isinstance(found, TidiedFile):
+        return tidied(found, model, written)
     before, after = found.outcome.original, found.graph
     console.print(
         f"{model}: {len(before.nodes)} -> {len(after.nodes)} calls, weights {megabytes(before.weight_bytes())} -> {megabytes(after.weight_bytes())}",
@@ -67,6 +72,43 @@ def result(found: Any, model: str, written: str | None) -> None:
         console.print(f"end result: {v['note']}")
     if modelled := _modelled_energy(before, after):
         console.print(modelled, soft_wrap=True)
+    if lowering is not None:
+        _lowering(lowering)
+    if written:
+        console.print(f"wrote {written}")
+
+
+def _lowering(found: Lowering) -> None:
+    """What runs the program, and what was measured for it."""
+    choices = found.lowered.choices
+    counts = Counter(c.kernel for c in choices)
+    said = ", ".join(f"{n} calls in {kernel}" for kernel, n in counts.most_common()) or "nothing to lower"
+    console.print(f"backend {found.lowered.backend}: {said}", style="bold")
+    for why in in_torch(choices)[:5] if len(counts) > 1 else []:
+        console.print(f"  in torch: {why}", soft_wrap=True)
+    for name, t in found.timings.items():
+        console.print(f"  {name:8s} {t.median_ms:9.2f} ms   {t.ratio:.2f} of torch [{t.ratio_low:.2f}-{t.ratio_high:.2f}], on {found.shape}")
+    for name, why in found.declined.items():
+        console.print(f"  {name:8s} not tried: {why}", soft_wrap=True)
+
+
+def tidied(found: TidiedFile, model: str, written: str | None) -> None:
+    """What became of an ONNX file's nodes."""
+    before, after = found.tidied.before, found.tidied.after
+    console.print(f"{model}: {before} -> {after} nodes, opset {found.file.model.opset_imports.get('', 0)} as it was", style="bold")
+    for note in found.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("step", "changes", "nodes", "s"):
+        table.add_column(name, justify="left" if name == "step" else "right")
+    for step in found.tidied.steps:
+        table.add_row(step.name, str(step.changes), f"{step.nodes:+d}" if step.nodes else "0", f"{step.seconds:.1f}")
+    console.print(table)
+    declined(found.records)
+    v = found.verification
+    same = v["note"] if "note" in v else "bit-equal to the file" if v["bit_equal"] else f"relative error {v['relative_error']:.2g} against the file"
+    where = "" if "note" in v else f", in onnxruntime on {v['inputs']} made inputs"
+    console.print(f"end result: {same}{where}")
     if written:
         console.print(f"wrote {written}")
 
@@ -148,6 +190,8 @@ def declined(records: list[Any], most: int = 6) -> None:
 
 def plan_payload(found: Any, target: str) -> dict[str, Any]:
     """A dry run as data."""
+    if isinstance(found, TidiedFile):
+        return {"target": target, "nodes": [found.tidied.before, found.tidied.after], "passes": [r.as_dict() for r in found.records]}
     from ..backends.lower import lower
     from ..backends.target import Target
     from .optimize import predicted_seconds
@@ -166,6 +210,8 @@ def plan_payload(found: Any, target: str) -> dict[str, Any]:
 
 def plan(found: Any, target: str) -> None:
     """A dry run for a person."""
+    if isinstance(found, TidiedFile):
+        return tidied(found, found.name, None)
     data = plan_payload(found, target)
     (n0, n1), (b0, b1), (s0, s1) = data["calls"], data["weight_bytes"], data["predicted_seconds"]
     console.print(
@@ -281,29 +327,51 @@ def difference(found: Any) -> None:
     print(found.text)
 
 
-def cost_payload(rows: list[Any], target: str) -> dict[str, Any]:
-    """`cost` as data."""
+def cost_payload(rows: list[Any], target: str, sizes: dict[str, int]) -> dict[str, Any]:
+    """`cost` as data: rows of `tools.optimize.cost` at sizes of dynamic dims."""
     nodes = [
         {"node": c.node, "op": c.op, "layer": c.layer, **dataclasses.asdict(c.cost), "weight_bytes": c.weight_bytes, "predicted_seconds": s, "bound": b}
         for c, s, b in rows
     ]
     totals = {key: sum(n[key] for n in nodes) for key in ("bytes", "flops", "launches", "weight_bytes", "predicted_seconds")}
-    return {"target": target, "total": totals, "nodes": nodes}
+    return {"target": target, "sizes": sizes, "total": totals, "nodes": nodes}
 
 
-def costs(rows: list[Any], target: str, most: int) -> None:
-    """`cost` for a person."""
-    total = cost_payload(rows, target)["total"]
+def costs(rows: list[Any], payload: dict[str, Any], most: int) -> None:
+    """`cost` for a person: the sum, each kind of op, the dearest calls."""
+    total, at = payload["total"], ", ".join(f"{dim} {size}" for dim, size in payload["sizes"].items())
     console.print(
-        f"on {target}, predicted by roofline at the example sizes: {total['predicted_seconds'] * 1e3:.3g} ms, "
+        f"on {payload['target']}{f' at {at}' if at else ''}: {total['predicted_seconds'] * 1e3:.3g} ms predicted by roofline, "
         f"{total['flops'] / 1e9:.3g} GFLOP, {megabytes(total['bytes'])} moved, {total['launches']} launches"
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("node", "op", "GFLOP", "MB moved", "ms", "bound", "layer"):
-        table.add_column(name, justify="right" if name in ("GFLOP", "MB moved", "ms") else "left")
-    for c, seconds, bound in sorted(rows, key=lambda r: -r[1])[:most]:
-        table.add_row(c.node, c.op, f"{c.cost.flops / 1e9:.3f}", f"{c.cost.bytes / 1e6:.2f}", f"{seconds * 1e3:.3f}", bound, c.layer)
+    kinds: dict[str, list[Any]] = {}
+    for row in rows:
+        kinds.setdefault(row[0].op, []).append(row)
+    table = _right("op", "calls", "GFLOP", "MB moved", "ms", "share", "bounds")
+    for op, calls in sorted(kinds.items(), key=lambda k: -sum(s for _, s, _ in k[1])):
+        seconds = sum(s for _, s, _ in calls)
+        bounds = ", ".join(f"{bound} {n}" for bound, n in Counter(b for _, _, b in calls).most_common())
+        share = f"{100 * seconds / max(total['predicted_seconds'], 1e-30):.1f} %"
+        table.add_row(op, str(len(calls)), *_work(sum((c.cost for c, _, _ in calls[1:]), calls[0][0].cost)), f"{seconds * 1e3:.3f}", share, bounds)
     console.print(table)
+    dearest = sorted(rows, key=lambda r: -r[1])[:most]
+    console.print(f"\nthe {len(dearest)} dearest of {len(rows)} calls{'; --most lists more' if len(dearest) < len(rows) else ''}")
+    table = _right("node", "op", "GFLOP", "MB moved", "ms", "bound", "layer")
+    for c, seconds, bound in dearest:
+        table.add_row(c.node, c.op, *_work(c.cost), f"{seconds * 1e3:.3f}", bound, c.layer)
+    console.print(table)
+
+
+def _right(*columns: str) -> Table:
+    """A table with numbers to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right" if name in ("calls", "GFLOP", "MB moved", "ms", "share") else "left")
+    return table
+
+
+def _work(cost: Any) -> tuple[str, str]:
+    return f"{cost.flops / 1e9:.3f}", f"{cost.bytes / 1e6:.2f}"
 
 
 def energy_payload(rows: list[Any]) -> dict[str, Any]:

@@ -19,15 +19,24 @@ TVM, FFI = "0.27.0.post1", "0.1.14"
 
 PAIR = f"pip install 'apache-tvm=={TVM}' 'apache-tvm-ffi=={FFI}.post1'"
 
-NAMES = {"tvm": "tvm", "T": "tvm.script.tirx"}
-"""What `from .compat import ...` offers, and the module behind it."""
+NAMES = {
+    "tvm": "tvm",
+    "relax": "tvm.relax",
+    "te": "tvm.te",
+    "s_tir": "tvm.s_tir",
+    "IRBuilder": "tvm.script.ir_builder:IRBuilder",
+    "T": "tvm.script.ir_builder.tirx",
+}
+"""What `from .compat import ...` offers, and the module (and the name in it) behind it."""
 
 CPUS = (
-    ("sapphirerapids", {"amx_tile", "avx512_fp16", "avx512_bf16", "avx512_vnni"}),
     ("x86-64-v4", {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
     ("x86-64-v3", {"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"}),
 )
 """(mcpu, flags it needs), best first. LLVM's own guess at a virtual CPU is wrong both ways, and too much is SIGILL."""
+
+UNITS = {"avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16"}
+"""What our kernels ask for beyond: Linux's flag -> LLVM's."""
 
 
 def why_not() -> str | None:
@@ -42,12 +51,21 @@ def why_not() -> str | None:
     return None
 
 
-def llvm_target(features: Collection[str] | None = None) -> dict[str, str]:
+def needed(features: Collection[str]) -> set[str]:
+    """Flags of those that a program compiled for them uses."""
+    best: set[str] = next((flags for _, flags in CPUS if flags <= set(features)), set())
+    return best | ({flag for flag in UNITS if flag in features} if best is CPUS[0][1] else set())
+
+
+def llvm_target(features: Collection[str] | None = None) -> dict[str, Any]:
     """TVM's target for a CPU with these features (default: this machine's)."""
     if features is None:
         features = cpu_features() if platform.machine() in ("x86_64", "AMD64") else ()
     mcpu = next((mcpu for mcpu, needs in CPUS if needs <= set(features)), None)
-    return {"kind": "llvm", "mcpu": mcpu} if mcpu else {"kind": "llvm"}
+    if mcpu is None:
+        return {"kind": "llvm"}
+    units = [f"+{name}" for flag, name in UNITS.items() if flag in features and mcpu == CPUS[0][0]]
+    return {"kind": "llvm", "mcpu": mcpu, **({"mattr": units} if units else {})}
 
 
 def __getattr__(name: str) -> Any:
@@ -55,7 +73,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if reason := why_not():
         raise UsageError(reason)
-    return importlib.import_module(NAMES[name])
+    module, _, attribute = NAMES[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
 def _version(package: str) -> str | None:

@@ -211,6 +211,16 @@ def test_bench_cost_diff_bisect_and_inspect_answer(capsys, tmp_path: Path) -> No
     assert set(json.loads(out)["shapes"]["4"]) == {"py:my_models:small", "m.onnx"}
     code, out, _ = run(capsys, "cost", "py:my_models:small", "--target", "h200", "--json")
     assert json.loads(out)["total"]["flops"] > 4 * 2 * 2 * 64 * 128
+    found = [json.loads(run(capsys, "cost", "py:my_models:small", "--shape", str(rows), "--json")[1]) for rows in (3, 6)]
+    assert [list(f["sizes"].values()) for f in found] == [[3], [6]]
+    assert [sum(n["flops"] for n in f["nodes"] if n["op"] == "linear") for f in found] == [rows * 4 * 64 * 128 for rows in (3, 6)]
+    code, out, _ = run(capsys, "cost", "py:my_models:small", "--shape", "6", "--most", "2", "--target", "cpu-avx512-vnni")
+    assert "on cpu-avx512-vnni at batch 6: " in out and "the 2 dearest of 3 calls; --most lists more" in out
+    kinds = [line.split() for line in out.partition("dearest")[0].splitlines() if line.startswith(("linear ", "relu "))]
+    assert [line.split()[0] for line in out.partition("dearest")[2].splitlines()[1:]] == ["node", "linear", "linear_1"]
+    assert [k[:2] for k in kinds] == [["linear", "2"], ["relu", "1"]] and [k[6:] for k in kinds] == [["%", "memory", "2"], ["%", "launch", "1"]]
+    code, _, err = run(capsys, "cost", "py:my_models:small", "--shape", "6x2")
+    assert (code, "shape '6x2' has 2 sizes; the model's dynamic dims are batch" in err) == (2, True)
     run(capsys, "optimize", "py:my_models:small", "-p", "group-ffn", "-o", "result")
     code, out, _ = run(capsys, "diff", "py:my_models:small", "result", "--json")
     assert json.loads(out)["ops"]["linear"] == [2, 4]
@@ -265,3 +275,51 @@ def test_a_recipe_is_copied_by_name(capsys, tmp_path: Path) -> None:
     _, out, _ = run(capsys, "recipes", "clean")
     (tmp_path / "my.toml").write_text(out)
     assert run(capsys, "optimize", "py:my_models:small", "-r", "my.toml")[0] == 0
+
+
+# -- plain .onnx files --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A file that never was a model of ours: two inputs, one of a dtype and one of a rank that text models lack; and what clean-onnx makes of it."""
+    import onnx
+
+    body = """(float[n, 4, 6] pixels, uint8[n] kind) => (float[n, 4, 6] y)
+        { a = Identity (pixels) k = Cast <to = 1> (kind) r = Reshape (k, s) b = Mul (a, r) y = Relu (b) }"""
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> agraph {body}')
+    model.graph.initializer.append(onnx.numpy_helper.from_array(numpy.array([-1, 1, 1]), "s"))
+    onnx.save(model, tmp_path / "plain.onnx")
+    return tmp_path / "plain.onnx"
+
+
+def test_every_command_takes_a_plain_onnx_file(capsys, plain: Path, tmp_path: Path) -> None:
+    assert run(capsys, "optimize", "plain.onnx", "-r", "clean-onnx", "-o", "clean.onnx")[0] == 0
+    code, out, _ = run(capsys, "optimize", "plain.onnx", "-r", "clean-onnx", "--json")
+    assert code == 0 and sum(p["predicted"]["nodes"] for p in json.loads(out)["passes"]) == -1
+    assert json.loads(run(capsys, "plan", "plain.onnx", "-r", "clean-onnx", "--json")[1])["nodes"] == [5, 4]
+    assert json.loads(run(capsys, "inspect", "plain.onnx", "--json")[1])["nodes"] == 5
+    assert json.loads(run(capsys, "diff", "plain.onnx", "clean.onnx", "--json")[1])["calls"]
+    assert json.loads(run(capsys, "cost", "plain.onnx", "--json")[1])
+    found = json.loads(run(capsys, "verify", "plain.onnx", "clean.onnx", "--json")[1])
+    assert found["bit_equal"] and found["inputs"] == 3
+    timed = json.loads(run(capsys, "bench", "plain.onnx", "clean.onnx", "--shapes", "4", "--rounds", "5", "--json")[1])
+    assert set(timed["shapes"]["4"]) == {"plain.onnx", "clean.onnx"}
+    numpy.savez(tmp_path / "data.npz", pixels=numpy.ones((2, 3, 4, 6), numpy.float32), kind=numpy.ones((2, 3), numpy.uint8))
+    code, out, _ = run(capsys, "evaluate", "plain.onnx", "--against", "clean.onnx", "--data", "data.npz", "--json")
+    assert code == 0 and next(s["value"] for s in json.loads(out)["scores"] if s["name"] == "cosine") == pytest.approx(1)
+
+
+def test_a_person_sees_what_became_of_the_nodes(capsys, plain: Path) -> None:
+    code, out, _ = run(capsys, "optimize", "plain.onnx", "-r", "clean-onnx", "-o", "clean.onnx")
+    assert code == 0 and "plain.onnx: 5 -> 4 nodes, opset 17 as it was" in out
+    assert "end result: bit-equal to the file, in onnxruntime on 2 made inputs" in out and "wrote clean.onnx" in out
+
+
+def test_verify_takes_given_inputs_and_says_what_they_lack(capsys, plain: Path, tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "verify", "plain.onnx", "plain.onnx", "--inputs", "pixels=float32[2,4,6],kind=uint8[2]", "--json")
+    assert code == 0 and json.loads(out)["inputs"] == 1
+    code, _, err = run(capsys, "verify", "plain.onnx", "plain.onnx", "--inputs", "pixels=float32[2,4,6]")
+    assert code == 2 and "plain.onnx reads kind, which --inputs lacks; it has pixels" in err
+    code, _, err = run(capsys, "verify", "plain.onnx", "plain.onnx", "--inputs", "pixels=float32[2,4,6],kind=uint8[3]")
+    assert code == 2 and "onnxruntime can't run plain.onnx on pixels [2, 4, 6], kind [3]" in err

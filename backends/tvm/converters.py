@@ -1,0 +1,601 @@
+"""One function an op: what a node becomes. Products, views and pointwise ops are the converter's own (convert.py, elementwise.py)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ...ir.nodes import arguments
+from . import elementwise
+from .attention import Attention
+from .compat import te, tvm
+from .gemm import Plan, Product, pack, pack_channels
+from .rows import Norm
+
+if TYPE_CHECKING:
+    from .convert import Converter
+
+tirx = tvm.tirx
+aten, ours = torch.ops.aten, torch.ops.rewright
+
+DTYPES = elementwise.TYPES
+
+Convert = Callable[["Converter", fx.Node, dict[str, Any]], Any]
+
+CONVERTERS: dict[Any, Convert] = {}
+"""Op -> function of (converter, node, its arguments by name) that gives its value: a Relax variable, or a tuple of them."""
+
+SPLITS = {aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.unbind.int}
+"""Their parts are values of their own."""
+
+
+def converts(*targets: Any) -> Callable[[Convert], Convert]:
+    """Registers a converter."""
+
+    def register(function: Convert) -> Convert:
+        CONVERTERS.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+def count_of(shape: Sequence[Any]) -> Any:
+    """How many rows a shape has."""
+    return math.prod(shape[:-1]) if len(shape) > 1 else 1
+
+
+def is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+# -- norms and attention -------------------------------------------------------------------------------------------------
+
+
+def _norm(c: Converter, x: fx.Node, r: fx.Node | None, what: Norm, w: fx.Node | None, b: fx.Node | None, outputs: Sequence[fx.Node | None]) -> None:
+    """Emit a norm. outputs: the nodes of its y and of its sum, where there are any."""
+    y, total = outputs
+    read = c.read_by(y, only=False) if y is not None else None
+    keep_y = y is not None and (read is None or c.read_by(y) is None)
+    what = Norm(what.width, what.eps, what.centred, r is not None, w is not None, b is not None, keep_y, total is not None, read.sink if read else None)
+    given = [c.rows(x), *([c.rows(r)] if r is not None else []), *(c.value(t) for t in (w, b) if t is not None)]
+    kept = [n for n, wanted in ((y, keep_y), (total, True)) if wanted and n is not None]
+    if kept or read is not None:
+        c.emit("norm", (what, c.lanes), lambda name: what.build(c.lanes, name), given, kept, y or kept[0], read)
+
+
+@converts(aten.layer_norm.default)
+def _layer_norm(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    return _norm(c, a["input"], None, Norm(int(a["normalized_shape"][-1]), a["eps"]), a["weight"], a["bias"], (node, None))
+
+
+@converts(ours.rms_norm.default)
+def _rms_norm(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    return _norm(c, a["x"], None, Norm(int(a["x"].meta["val"].shape[-1]), a["eps"], centred=False), a["w"], None, (node, None))
+
+
+@converts(ours.add_layer_norm.default, ours.add_rms_norm.default)
+def _add_norm(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    parts: list[fx.Node | None] = [next((u for u in node.users if u.args[1] == i), None) for i in (0, 1)]
+    centred = node.target is ours.add_layer_norm.default
+    what = Norm(int(a["x"].meta["val"].shape[-1]), a["eps"], centred)
+    return _norm(c, a["x"], a["r"], what, a["w"], a.get("b"), parts)
+
+
+@converts(ours.attention.default, ours.multi_head_attention.default)
+def _attention(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    apart = node.target is ours.attention.default
+    q, k, v = (a[n].meta["val"].shape for n in "qkv")
+    heads, kv_heads = (q[1], k[1]) if apart else (a["heads"], a["kv_heads"])
+    dim, value_dim = (q[-1], v[-1]) if apart else (q[-1] // heads, v[-1] // kv_heads)
+    sources, offsets = [a[n] for n in "qkv"], [0, 0, 0]
+    if not apart:
+        for i, part in enumerate(sources):
+            source, axis, start = c.window(part)
+            if axis == 2:
+                sources[i], offsets[i] = source, int(start)
+    read = c.read_by(node) if not apart else None
+    read = read if read is not None and read.step is not None and int(heads * value_dim) % 4 == 0 else None
+    what = Attention(
+        heads=int(heads),
+        kv_heads=int(kv_heads),
+        dim=int(dim),
+        value_dim=int(value_dim),
+        scale=float(a["scale"] if a["scale"] is not None else int(dim) ** -0.5),
+        heads_apart=apart,
+        rows=(0, 0, 0) if apart else tuple(int(s.meta["val"].shape[-1]) for s in sources),  # type: ignore[arg-type]
+        offsets=tuple(offsets),  # type: ignore[arg-type]
+        key_mask=a["key_mask"] is not None,
+        sizes=a["sizes"] is not None,
+        causal=a["causal"],
+        window=a["window"],
+        softcap=a["softcap"],
+        sink=read.sink if read else None,
+        bias=None if a["bias"] is None else tuple(not is_one(s) for s in a["bias"].meta["val"].shape),  # type: ignore[arg-type]
+    )
+    given = [*(c.value(s) for s in sources), *(c.value(a[n]) for n in ("key_mask", "sizes", "bias") if a[n] is not None)]
+    if apart:
+        return c.kernel("attention", (what, c.lanes), lambda name: what.build(c.lanes, name), given, [c.type(node.meta["val"].shape, "float32")])
+    c.emit("attention", (what, c.lanes), lambda name: what.build(c.lanes, name), given, [] if read else [node], node, read)
+    return None
+
+
+# -- tables, parts and layouts ---------------------------------------------------------------------------------------------
+
+
+@converts(aten.embedding.default)
+def _embedding(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    return c.te(node.meta["val"].shape, lambda w, ids: lambda *i: w(ids(*i[:-1]), i[-1]), c.value(a["weight"]), c.value(a["indices"]))
+
+
+@converts(ours.embedding_int8.default)
+def _embedding_int8(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    def compute(w: Any, scale: Any, ids: Any) -> Any:
+        return lambda *i: w(ids(*i[:-1]), i[-1]).astype("float32") * scale(ids(*i[:-1]))
+
+    return c.te(node.meta["val"].shape, compute, c.value(a["w"]), c.value(a["scale"]), c.value(a["ids"]))
+
+
+@converts(aten.slice.Tensor)
+def _slice(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    shape = a["self"].meta["val"].shape
+    axis, start = a["dim"] % len(shape), a["start"] if a["start"] is not None else 0
+    start = c.size(start)
+    if not isinstance(a["start"], int) or a["start"] < 0:
+        start = tirx.Select(start < 0, start + c.size(shape[axis]), start)
+    return c.sliced(c.value(a["self"]), node, axis, start, a["step"])
+
+
+@converts(aten.select.int)
+def _select(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    shape = a["self"].meta["val"].shape
+    axis, index = a["dim"] % len(shape), c.size(a["index"])
+    if not isinstance(a["index"], int) or a["index"] < 0:
+        index = tirx.Select(index < 0, index + c.size(shape[axis]), index)
+    return c.te(node.meta["val"].shape, lambda x: lambda *i: x(*i[:axis], index, *i[axis:]), c.value(a["self"]))
+
+
+@converts(aten.permute.default, aten.transpose.int, aten.t.default)
+def _permute(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    rank = len(node.meta["val"].shape)
+    order = list(range(rank))
+    if node.target is aten.permute.default:
+        order = [d % rank for d in a["dims"]]
+    elif rank > 1:
+        i, j = (a["dim0"] % rank, a["dim1"] % rank) if "dim0" in a else (0, 1)
+        order[i], order[j] = order[j], order[i]
+    back = [order.index(i) for i in range(rank)]
+    return c.te(node.meta["val"].shape, lambda x: lambda *i: x(*(i[b] for b in back)), c.value(a["self"]))
+
+
+@converts(aten.expand.default)
+def _expand(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    shape, out = a["self"].meta["val"].shape, node.meta["val"].shape
+    return c.te(out, lambda x: lambda *i: x(*c.broadcast(i, shape, out)), c.value(a["self"]))
+
+
+@converts(aten.cat.default)
+def _cat(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    parts = [t for t in a["tensors"] if t.meta["val"].dim() == len(node.meta["val"].shape)]
+    axis = a["dim"] % len(node.meta["val"].shape)
+    sizes = [c.size(t.meta["val"].shape[axis]) for t in parts]
+    dtype = DTYPES[node.meta["val"].dtype]
+
+    ends = [functools.reduce(lambda p, q: p + q, sizes[: n + 1]) for n in range(len(sizes))]
+
+    def compute(*buffers: Any) -> Any:
+        def point(*i: Any) -> Any:
+            values = [b(*i[:axis], i[axis] - end + size, *i[axis + 1 :]).astype(dtype) for b, end, size in zip(buffers, ends, sizes)]
+            found = values[-1]
+            for value, end in reversed(list(zip(values[:-1], ends))):
+                found = tirx.if_then_else(i[axis] < end, value, found)
+            return found
+
+        return point
+
+    return c.te(node.meta["val"].shape, compute, *(c.value(t) for t in parts))
+
+
+@converts(aten.gather.default)
+def _gather(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    axis = a["dim"] % len(node.meta["val"].shape)
+    return c.te(node.meta["val"].shape, lambda x, at: lambda *i: x(*i[:axis], at(*i), *i[axis + 1 :]), c.value(a["self"]), c.value(a["index"]))
+
+
+@converts(aten.arange.default, aten.arange.start, aten.arange.start_step)
+def _arange(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    dtype = DTYPES[node.meta["val"].dtype]
+    start, step = (c.size(a[n]) if n in a else tirx.const(d, "int64") for n, d in (("start", 0), ("step", 1)))
+    return c.te(node.meta["val"].shape, lambda: lambda i: (start + i * step).astype(dtype))
+
+
+@converts(
+    aten.full.default,
+    aten.ones.default,
+    aten.zeros.default,
+    aten.full_like.default,
+    aten.ones_like.default,
+    aten.zeros_like.default,
+    aten.new_ones.default,
+    aten.new_zeros.default,
+)
+def _full(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    value = a.get("fill_value", 1 if "ones" in str(node.target) else 0)
+    dtype = DTYPES[node.meta["val"].dtype]
+    return c.te(node.meta["val"].shape, lambda: lambda *i: elementwise.constant(value, dtype))
+
+
+def _reduction(c: Converter, node: fx.Node, a: dict[str, Any], start: Any, join: Callable[[Any, Any], Any], value: Callable[[Any], Any] = lambda x: x) -> Any:
+    """A reduction over `dim`, one result at a time."""
+    shape, given = a["self"].meta["val"].shape, a.get("dim")
+    axes = range(len(shape)) if given is None or given == [] else [d % len(shape) for d in (given if isinstance(given, list | tuple) else [given])]
+    axes, keep = sorted(axes), a.get("keepdim", False)
+    reducer = te.comm_reducer(lambda x, y: join(x, y), lambda dtype: elementwise.constant(start, str(dtype)))
+
+    def compute(x: Any) -> Any:
+        over = {d: te.reduce_axis((0, c.size(shape[d]))) for d in axes}
+
+        def point(*i: Any) -> Any:
+            kept = iter(j for d, j in enumerate(i) if not (keep and d in over))
+            return reducer(value(x(*(over[d] if d in over else next(kept) for d in range(len(shape))))), axis=list(over.values()))
+
+        return point
+
+    return c.te(node.meta["val"].shape, compute, c.value(a["self"]))
+
+
+@converts(aten.sum.default, aten.sum.dim_IntList)
+def _sum(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    dtype = DTYPES[node.meta["val"].dtype]
+    return _reduction(c, node, a, 0, lambda x, y: x + y, lambda x: elementwise.constant(x, dtype))
+
+
+@converts(aten.mean.default, aten.mean.dim)
+def _mean(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    dtype, shape, out = DTYPES[node.meta["val"].dtype], a["self"].meta["val"].shape, node.meta["val"].shape
+    total = _reduction(c, node, a, 0, lambda x, y: x + y, lambda x: elementwise.constant(x, dtype))
+    count = tirx.floordiv(c.size(math.prod(shape)), c.size(math.prod(out)))
+    return c.te(out, lambda x: lambda *i: x(*i) / count.astype(dtype), total)
+
+
+@converts(aten.amax.default)
+def _amax(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    return _reduction(c, node, a, _lowest(node), tirx.max)
+
+
+@converts(aten.amin.default)
+def _amin(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    dtype = node.meta["val"].dtype
+    return _reduction(c, node, a, math.inf if dtype.is_floating_point else torch.iinfo(dtype).max, tirx.min)
+
+
+@converts(aten.any.default, aten.any.dim)
+def _any(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    return _reduction(c, node, a, False, tirx.Or, lambda x: elementwise.cast(x, "bool"))
+
+
+@converts(aten.all.default, aten.all.dim)
+def _all(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    return _reduction(c, node, a, True, tirx.And, lambda x: elementwise.cast(x, "bool"))
+
+
+def _lowest(node: fx.Node) -> float | int:
+    dtype = node.meta["val"].dtype
+    return -math.inf if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
+@converts(aten.softmax.int, aten._softmax.default)
+def _softmax(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    shape, dtype = node.meta["val"].shape, DTYPES[node.meta["val"].dtype]
+    axis, kept = a["dim"] % len(shape), [s for d, s in enumerate(shape) if d != a["dim"] % len(shape)]
+
+    def reduced(x: Any, start: float, join: Callable[[Any, Any], Any]) -> Any:
+        reducer = te.comm_reducer(lambda x, y: join(x, y), lambda dtype: elementwise.constant(start, str(dtype)))
+
+        def compute(x: Any) -> Any:
+            over = te.reduce_axis((0, c.size(shape[axis])))
+            return lambda *i: reducer(elementwise.constant(x(*i[:axis], over, *i[axis:]), dtype), axis=[over])
+
+        return c.te(kept, compute, x)
+
+    x = c.value(a["self"])
+    largest = reduced(x, -math.inf, tirx.max)
+    powers = c.te(shape, lambda x, m: lambda *i: elementwise.exp(elementwise.constant(x(*i), dtype) - m(*i[:axis], *i[axis + 1 :])), x, largest)
+    total = reduced(powers, 0.0, lambda p, q: p + q)
+    return c.te(shape, lambda p, t: lambda *i: p(*i) / t(*i[:axis], *i[axis + 1 :]), powers, total)
+
+
+@converts(aten.matmul.default, aten.bmm.default, aten.mm.default)
+def _matmul(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Of two activations; with a constant it is a product by then. One value at a time: slow."""
+    x, y = list(a.values())[:2]
+    left, right, out = x.meta["val"].shape, y.meta["val"].shape, node.meta["val"].shape
+    vector, row = len(left) == 1, len(right) == 1
+
+    def compute(p: Any, q: Any) -> Any:
+        k = te.reduce_axis((0, c.size(left[-1])))
+
+        def point(*i: Any) -> Any:
+            rest = list(i)
+            column = [] if row else [rest.pop()]
+            line = [] if vector else [rest.pop()]
+            one = c.broadcast(rest, left[: len(left) - 2], out[: len(rest)])
+            other = c.broadcast(rest, right[: len(right) - 2], out[: len(rest)])
+            return te.sum(p(*one, *line, k) * q(*other, k, *column), axis=[k])
+
+        return point
+
+    return c.te(out, compute, c.value(x), c.value(y))
+
+
+@converts(aten.conv2d.default, aten.conv1d.default)
+def _convolution(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    """As a product over patches, with channels last, where there is one group; else one value at a time."""
+    x, w, b = a["input"], a["weight"], a["bias"]
+    shape, kernel, out = x.meta["val"].shape, w.meta["val"].shape, node.meta["val"].shape
+    spatial = len(shape) - 2
+    stride, padding, dilation = (_each(a[n], spatial) for n in ("stride", "padding", "dilation"))
+    inside = [int(k) for k in kernel[2:]]
+    groups, share = a["groups"], int(kernel[1])
+
+    def source(buffer: Any, batch: Any, channel: Any, at: Sequence[Any], offset: Sequence[Any]) -> Any:
+        spots = [i * s + o * d - p for i, s, o, d, p in zip(at, stride, offset, dilation, padding)]
+        if not any(padding):
+            return buffer(batch, channel, *spots)
+        limits = [tirx.all(s >= 0, s < c.size(n)) for s, n in zip(spots, shape[2:])]
+        return tirx.if_then_else(tirx.all(*limits), buffer(batch, channel, *spots), elementwise.constant(0, "float32"))
+
+    if groups == 1 and c.graph.is_weight(w) and (b is None or c.graph.is_weight(b)):
+        width = share * math.prod(inside)
+
+        def patches(buffer: Any) -> Any:
+            def point(row: Any, k: Any) -> Any:
+                at, offset = [], []
+                for size in reversed(out[2:]):
+                    at.insert(0, tirx.floormod(row, c.size(size)))
+                    row = tirx.floordiv(row, c.size(size))
+                for size in reversed(inside):
+                    offset.insert(0, tirx.floormod(k, size))
+                    k = tirx.floordiv(k, size)
+                return source(buffer, row, k, at, offset)
+
+            return point
+
+        rows = out[0] * math.prod(out[2:])
+        plan = Plan.of(c.features, int(out[1]))
+        given = [c.te((rows, width), patches, c.value(x)), c.weight((w, plan), lambda: pack(c.graph.weight(w).flatten(1), plan))]
+        if b is not None:
+            given.append(c.weight((b, "bias", plan), lambda: pack_channels(c.graph.weight(b), plan)))
+        what = Product(width, int(out[1]), bias=b is not None)
+        last = c.kernel("linear", (what, plan), lambda name: what.build(plan, name), given, [c.type((rows, out[1]), "float32")])
+
+        def channels_first(y: Any) -> Any:
+            def point(n: Any, channel: Any, *at: Any) -> Any:
+                return y(functools.reduce(lambda row, pair: row * c.size(pair[0]) + pair[1], zip(out[2:], at), n), channel)
+
+            return point
+
+        return c.te(out, channels_first, last)
+
+    def compute(buffer: Any, weight: Any, *bias: Any) -> Any:
+        channel, offset = te.reduce_axis((0, share)), [te.reduce_axis((0, k)) for k in inside]
+        per = int(out[1]) // groups
+
+        def point(n: Any, o: Any, *at: Any) -> Any:
+            from_ = tirx.floordiv(o, per) * share + channel
+            return te.sum(source(buffer, n, from_, at, offset) * weight(o, channel, *offset), axis=[channel, *offset])
+
+        return point
+
+    found = c.te(out, compute, c.value(x), c.value(w))
+    return found if b is None else c.te(out, lambda y, v: lambda *i: y(*i) + v(i[1]), found, c.value(b))
+
+
+def _each(value: Any, count: int) -> list[int]:
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return [int(v) for v in (values * count if len(values) == 1 else values)]
+
+
+@converts(aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+def _batch_norm(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    mean, variance = (c.graph.weight(a[n]).double() for n in ("running_mean", "running_var"))
+    scale = (variance + a["eps"]).rsqrt() * (1 if a["weight"] is None else c.graph.weight(a["weight"]).double())
+    shift = (0 if a["bias"] is None else c.graph.weight(a["bias"]).double()) - mean * scale
+    given = [c.weight((node, n), lambda t=t: t.float()) for n, t in (("scale", scale), ("shift", shift))]
+    found = c.te(a["input"].meta["val"].shape, lambda x, s, t: lambda *i: x(*i) * s(i[1]) + t(i[1]), c.value(a["input"]), *given)
+    return found if node.target is aten.batch_norm.default else [found]
+
+
+@converts(aten.cumsum.default)
+def _cumsum(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    shape, dtype = node.meta["val"].shape, DTYPES[node.meta["val"].dtype]
+    axis = a["dim"] % len(shape)
+
+    def compute(x: Any) -> Any:
+        k = te.reduce_axis((0, c.size(shape[axis])))
+
+        def point(*i: Any) -> Any:
+            value = elementwise.constant(x(*i[:axis], k, *i[axis + 1 :]), dtype)
+            return te.sum(tirx.Select(k <= i[axis], value, elementwise.constant(0, dtype)), axis=[k])
+
+        return point
+
+    return c.te(shape, compute, c.value(a["self"]))
+
+
+@converts(aten.tril.default, aten.triu.default)
+def _triangle(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    dtype, lower = DTYPES[node.meta["val"].dtype], node.target is aten.tril.default
+
+    def compute(x: Any) -> Any:
+        def point(*i: Any) -> Any:
+            distance = i[-1] - i[-2]
+            kept = distance <= a["diagonal"] if lower else distance >= a["diagonal"]
+            return tirx.Select(kept, x(*i), elementwise.constant(0, dtype))
+
+        return point
+
+    return c.te(node.meta["val"].shape, compute, c.value(a["self"]))
+
+
+@converts(aten.repeat_interleave.self_int)
+def _repeat(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    if a["dim"] is None:
+        flat = c.reshaped(c.value(a["self"]), (a["self"].meta["val"].numel(),))
+        return c.te(node.meta["val"].shape, lambda x: lambda i: x(tirx.floordiv(i, a["repeats"])), flat)
+    axis = a["dim"] % len(node.meta["val"].shape)
+    return c.te(node.meta["val"].shape, lambda x: lambda *i: x(*i[:axis], tirx.floordiv(i[axis], a["repeats"]), *i[axis + 1 :]), c.value(a["self"]))
+
+
+@converts(aten.stack.default)
+def _stack(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    axis = a["dim"] % len(node.meta["val"].shape)
+
+    def compute(*buffers: Any) -> Any:
+        def point(*i: Any) -> Any:
+            values = [b(*i[:axis], *i[axis + 1 :]) for b in buffers]
+            return functools.reduce(lambda rest, pair: tirx.Select(i[axis].equal(pair[0]), pair[1], rest), enumerate(values[:-1]), values[-1])
+
+        return point
+
+    return c.te(node.meta["val"].shape, compute, *(c.value(t) for t in a["tensors"]))
+
+
+@converts(aten.constant_pad_nd.default, aten.pad.default)
+def _pad(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    shape, out = a["self"].meta["val"].shape, node.meta["val"].shape
+    before = [0] * len(shape)
+    for n in range(len(a["pad"]) // 2):
+        before[len(shape) - 1 - n] = a["pad"][2 * n]
+    dtype, value = DTYPES[node.meta["val"].dtype], a["value"] or 0
+
+    def compute(x: Any) -> Any:
+        def point(*i: Any) -> Any:
+            spots = [j - c.size(b) for j, b in zip(i, before)]
+            limits = [tirx.all(s >= 0, s < c.size(n)) for s, n in zip(spots, shape)]
+            return tirx.if_then_else(tirx.all(*limits), x(*spots), elementwise.constant(value, dtype))
+
+        return point
+
+    return c.te(out, compute, c.value(a["self"]))
+
+
+@converts(ours.rope.default)
+def _rope(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    shape = node.meta["val"].shape
+    half = int(shape[-1]) // 2
+
+    def compute(x: Any, cos: Any, sin: Any) -> Any:
+        def point(*i: Any) -> Any:
+            turned = tirx.if_then_else(i[-1] < half, -x(*i[:-1], i[-1] + half), x(*i[:-1], i[-1] - half))
+            angle = c.broadcast(i, a["cos"].meta["val"].shape, shape), c.broadcast(i, a["sin"].meta["val"].shape, shape)
+            return x(*i) * cos(*angle[0]) + turned * sin(*angle[1])
+
+        return point
+
+    return c.te(shape, compute, *(c.value(a[n]) for n in ("x", "cos", "sin")))
+
+
+@converts(aten.repeat.default)
+def _tile(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    shape, out = a["self"].meta["val"].shape, node.meta["val"].shape
+    return c.te(out, lambda x: lambda *i: x(*(tirx.floormod(j, c.size(s)) for j, s in zip(i[len(out) - len(shape) :], shape))), c.value(a["self"]))
+
+
+@converts(aten.roll.default)
+def _roll(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    shape = node.meta["val"].shape
+    shifts = dict(zip((d % len(shape) for d in a["dims"]), a["shifts"]))
+
+    def moved(index: Any, axis: int) -> Any:
+        n = c.size(shape[axis])
+        back = index + tirx.floormod(c.size(-shifts.get(axis, 0)), n)
+        return tirx.Select(back >= n, back - n, back)  # not floormod: TVM 0.27 loses the shift in (i % n + shift) % n
+
+    return c.te(shape, lambda x: lambda *i: x(*(moved(j, axis) for axis, j in enumerate(i))), c.value(a["self"]))
+
+
+@converts(aten.flip.default)
+def _flip(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    shape = node.meta["val"].shape
+    turned = {d % len(shape) for d in a["dims"]}
+    return c.te(shape, lambda x: lambda *i: x(*(c.size(n) - 1 - j if d in turned else j for d, (j, n) in enumerate(zip(i, shape)))), c.value(a["self"]))
+
+
+@converts(aten.adaptive_avg_pool2d.default, aten.max_pool2d.default, aten.avg_pool2d.default)
+def _pool(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    shape, out, largest = a["self"].meta["val"].shape, node.meta["val"].shape, node.target is aten.max_pool2d.default
+    if node.target is aten.adaptive_avg_pool2d.default:
+        size = stride = [int(n) // int(o) for n, o in zip(shape[-2:], out[-2:])]
+        padding, dilation = [0, 0], [1, 1]
+    else:
+        size = _each(a["kernel_size"], 2)
+        stride, padding = _each(a["stride"], 2) if a["stride"] else size, _each(a["padding"], 2)
+        dilation = _each(a["dilation"], 2) if largest else [1, 1]
+    start = -math.inf if largest else 0.0
+    reducer = te.comm_reducer((lambda x, y: tirx.max(x, y)) if largest else (lambda x, y: x + y), lambda dtype: elementwise.constant(start, str(dtype)))
+
+    def compute(x: Any) -> Any:
+        over = [te.reduce_axis((0, k)) for k in size]
+
+        def point(*i: Any) -> Any:
+            spots = [j * s + k * d - p for j, s, k, d, p in zip(i[-2:], stride, over, dilation, padding)]
+            limits = [tirx.all(s >= 0, s < c.size(n)) for s, n in zip(spots, shape[-2:])]
+            value = x(*i[:-2], *spots)
+            return reducer(tirx.if_then_else(tirx.all(*limits), value, elementwise.constant(start, "float32")) if any(padding) else value, axis=over)
+
+        return point
+
+    found = c.te(out, compute, c.value(a["self"]))
+    return found if largest else c.te(out, lambda y: lambda *i: y(*i) * elementwise.constant(1 / math.prod(size), "float32"), found)
+
+
+def pool_why_not(node: fx.Node) -> str | None:
+    """Pools whose windows differ from place to place are not known."""
+    a, shape = arguments(node), node.args[0].meta["val"].shape[-2:]  # type: ignore[union-attr]
+    if node.target is aten.adaptive_avg_pool2d.default:
+        out = node.meta["val"].shape[-2:]
+        return None if all(isinstance(n, int) and n % o == 0 for n, o in zip(shape, out)) else "its windows differ"
+    if a.get("ceil_mode") or node.target is aten.avg_pool2d.default and (a["divisor_override"] or any(_each(a["padding"], 2))):
+        return "its windows differ"
+    return None
+
+
+@converts(aten.index.Tensor)
+def _index(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    """By one tensor of integers along one axis; negative ones count from the end."""
+    axis = next(i for i, n in enumerate(a["indices"]) if n is not None)
+    index, size = a["indices"][axis], c.size(a["self"].meta["val"].shape[axis])
+    rank = len(index.meta["val"].shape)
+
+    def compute(x: Any, at: Any) -> Any:
+        def point(*i: Any) -> Any:
+            spot = at(*i[axis : axis + rank])
+            return x(*i[:axis], tirx.Select(spot < 0, spot.astype("int64") + size, spot.astype("int64")), *i[axis + rank :])
+
+        return point
+
+    return c.te(node.meta["val"].shape, compute, c.value(a["self"]), c.value(index))
+
+
+def index_why_not(node: fx.Node) -> str | None:
+    """Only one tensor of integers is known."""
+    given = [n for n in arguments(node)["indices"] if n is not None]
+    return (
+        None
+        if len(given) == 1 and not given[0].meta["val"].dtype.is_floating_point and given[0].meta["val"].dtype is not torch.bool
+        else "it has several indices"
+    )
+
+
+UNLESS: dict[Any, Callable[[fx.Node], str | None]] = {
+    aten.adaptive_avg_pool2d.default: pool_why_not,
+    aten.max_pool2d.default: pool_why_not,
+    aten.avg_pool2d.default: pool_why_not,
+    aten.index.Tensor: index_why_not,
+}
+"""Converters that do not take every call of their op."""
