@@ -23,10 +23,13 @@ from ...ir.graph import Graph
 from ..target import cpu_features
 from . import runtime
 from .compat import TVM, llvm_target, needed, relax, tvm
-from .convert import convert, tensors
+from .convert import Program, aligned, convert, tensors
 from .schedule import schedule
 
 _NUMBERS = itertools.count()
+
+_THREADS = 0
+"""What TVM's pool was last set to."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,14 @@ class Compiled:
 
     def __call__(self, flat: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run once; results own their memory."""
-        found = self._main(*map(_aligned, flat))  # type: ignore[attr-defined]
+        _share_threads()
+        found = self._main(*(aligned(x.detach()) for x in flat))  # type: ignore[attr-defined]
         return tuple(torch.from_dlpack(y) for y in found)
 
     def profile(self, flat: Sequence[Tensor], rounds: int = 10) -> dict[str, dict[str, float]]:
         """Kernel -> calls and processor milliseconds of one run; the time to measure a call, some microseconds, counts as its own."""
         machine = relax.VirtualMachine(self.executable, tvm.cpu())
-        main, given = machine["main"], [_aligned(x) for x in flat]
+        main, given = machine["main"], [aligned(x.detach()) for x in flat]
         calls, spent, begin = Counter[str](), defaultdict[str, float](float), 0.0
 
         def watch(function: Any, name: str, before: bool, result: Any, *given: Any) -> None:
@@ -103,11 +107,21 @@ class Compiled:
 
 
 def compile_graph(graph: Graph, features: Collection[str] | None = None) -> Compiled:
-    """Compile for a CPU with these features (default: this machine's, which alone can run it)."""
+    """Compile for a CPU with these features (default: this machine's, which alone can run it). Raises UsageError where TVM can't."""
     begin = time.perf_counter()
     features = cpu_features() if features is None else features
-    program = convert(graph, features, _register)
-    target = tvm.target.Target(llvm_target(features))
+    try:
+        program = convert(graph, features, _register)
+        try:
+            executable = _built(program, features, fuse=True)
+        except tvm.error.InternalError:  # its fusion loses sizes that occur only inside others, as in some convolutional nets
+            executable = _built(program, features, fuse=False)
+    except (tvm.error.InternalError, NotImplementedError) as error:
+        raise UsageError(f"TVM can't compile this program ({str(error).strip().splitlines()[-1][:200]}); choose another backend") from error
+    return Compiled(executable, [_described(graph, n) for n in graph.inputs], program.in_torch, time.perf_counter() - begin, tuple(sorted(features)))
+
+
+def _built(program: Program, features: Collection[str], fuse: bool) -> Any:
     steps = relax.transform
 
     @tvm.transform.module_pass(opt_level=0)
@@ -117,15 +131,22 @@ def compile_graph(graph: Graph, features: Collection[str] | None = None) -> Comp
         return module
 
     passes = [
-        *(steps.AnnotateTIROpPattern(), steps.FuseOps(), steps.FuseTIR()),  # pointwise chains become one loop
+        *((steps.AnnotateTIROpPattern(), steps.FuseOps(), steps.FuseTIR()) if fuse else ()),  # pointwise chains become one loop
         *(steps.ToNonDataflow(), steps.RemovePurityChecking(), steps.CallTIRRewrite()),
         schedule(16 if "avx512f" in features else 8),
         *(steps.StaticPlanBlockMemory(), steps.LowerAllocTensor(), steps.KillAfterLastUse()),
         *(steps.LowerRuntimeBuiltin(), steps.ComputePrimValue(), steps.VMShapeLower(), steps.AttachGlobalSymbol()),
         add_kernels,
     ]
-    executable = relax.build(program.module, target=target, relax_pipeline=tvm.transform.Sequential(passes))
-    return Compiled(executable, [_described(graph, n) for n in graph.inputs], program.in_torch, time.perf_counter() - begin, tuple(sorted(features)))
+    return relax.build(program.module, target=tvm.target.Target(llvm_target(features)), relax_pipeline=tvm.transform.Sequential(passes))
+
+
+def _share_threads() -> None:
+    """TVM's own pool runs on as many threads as torch is set to, and no more than the cores TVM counts."""
+    global _THREADS
+    if (threads := torch.get_num_threads()) != _THREADS:
+        tvm.get_global_func("runtime.config_threadpool")(1, threads)
+        _THREADS = threads
 
 
 def _described(graph: Graph, node: fx.Node) -> dict[str, Any]:
@@ -133,12 +154,6 @@ def _described(graph: Graph, node: fx.Node) -> dict[str, Any]:
     names = {s.node.expr: name for name, s in graph.symbols.items()}
     shape = [names.get(s.node.expr, str(s)) if isinstance(s, torch.SymInt) else int(s) for s in value.shape]
     return {"name": graph.call.names[graph.inputs.index(node)], "dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Dense and where TVM's vector loads may begin; torch's own tensors are."""
-    x = x.detach().contiguous()
-    return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
 def _register(node: fx.Node) -> str:

@@ -46,6 +46,13 @@ ACTIVATIONS = {
     ours.quick_gelu.default: "quick_gelu",
 }
 
+KERNELS = {
+    aten.linear.default, aten.layer_norm.default, aten.conv1d.default, aten.conv2d.default, ours.add_layer_norm.default, ours.add_rms_norm.default,
+    ours.attention.default, ours.multi_head_attention.default, ours.rms_norm.default, ours.linear_token.default, ours.linear_int8_static.default,
+    ours.linear_nbits.default, aten.adaptive_avg_pool2d.default, aten.max_pool2d.default, aten.avg_pool2d.default,
+}  # fmt: skip
+"""Computed in float32 only."""
+
 PRODUCTS = {aten.linear.default, ours.linear_token.default, ours.linear_int8_static.default, ours.linear_nbits.default}
 
 
@@ -195,6 +202,8 @@ class Converter:
 
     def why_not(self, node: fx.Node) -> str | None:
         """Why a node has no converter here, or None."""
+        if node.target in KERNELS and any(v.dtype is torch.float64 for v in tensors(node.meta["val"])):
+            return f"{_name(node.target)} of float64"
         if node.target in (*PRODUCTS, aten.batch_norm.default):
             given = {name: a for name, a in arguments(node).items() if isinstance(a, fx.Node) and name not in ("x", "input")}
             if computed := [name for name, a in given.items() if not self.graph.is_weight(a)]:
@@ -242,7 +251,8 @@ class Converter:
     def weight(self, key: Any, make: Callable[[], Tensor]) -> Any:
         """A parameter of the program; `make` gives its tensor once a key."""
         if key not in self.stored:
-            self.stored[key] = relax.const(make().detach().numpy())  # as parameters, all would be checked at every call
+            # as parameters, all would be checked at every call
+            self.stored[key] = relax.const(tvm.runtime.from_dlpack(aligned(make().detach())))
         return self.stored[key]
 
     def te(self, shape: Sequence[Any], compute: Callable[..., Any], *values: Any) -> Any:
@@ -322,7 +332,7 @@ class Converter:
             if user is not None and (activation := _activation(user)) is not None:
                 found.activation, found.end = activation, user
                 user = _only_user(user)
-            if user is not None and user.target is aten.add.Tensor and arguments(user)["alpha"] == 1:
+            if user is not None and user not in self.fused and user.target is aten.add.Tensor and arguments(user)["alpha"] == 1:
                 others = [a for a in user.args[:2] if a is not found.end]
                 # another product of the same sum has its own kernel: the later one takes the addition in
                 if len(others) == 1 and isinstance(other := others[0], fx.Node) and _same(other, found.end) and not self._later(other, found.end, order):
@@ -455,6 +465,12 @@ class Converter:
 @dataclass(frozen=True)
 class _Scalar:
     value: Any
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Dense and where TVM's vector loads may begin; torch's own tensors are."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
 def tensors(value: Any) -> list[Tensor]:

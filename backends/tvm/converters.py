@@ -229,15 +229,21 @@ def _full(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
     return c.te(node.meta["val"].shape, lambda: lambda *i: elementwise.constant(value, dtype))
 
 
+def _axes(a: dict[str, Any], shape: Sequence[Any]) -> list[int]:
+    """The axes a reduction goes over; all of them where it names none."""
+    given = a.get("dim")
+    return sorted(range(len(shape)) if given is None or given == [] else [d % len(shape) for d in (given if isinstance(given, list | tuple) else [given])])
+
+
 def _reduction(c: Converter, node: fx.Node, a: dict[str, Any], start: Any, join: Callable[[Any, Any], Any], value: Callable[[Any], Any] = lambda x: x) -> Any:
     """A reduction over `dim`, one result at a time."""
-    shape, given = a["self"].meta["val"].shape, a.get("dim")
-    axes = range(len(shape)) if given is None or given == [] else [d % len(shape) for d in (given if isinstance(given, list | tuple) else [given])]
-    axes, keep = sorted(axes), a.get("keepdim", False)
+    shape, keep = a["self"].meta["val"].shape, a.get("keepdim", False)
+    axes = _axes(a, shape)
+    # sizes of axes come from the buffer: TVM gives it new symbols, which it does not put into the ranges of a reduction
     reducer = te.comm_reducer(lambda x, y: join(x, y), lambda dtype: elementwise.constant(start, str(dtype)))
 
     def compute(x: Any) -> Any:
-        over = {d: te.reduce_axis((0, c.size(shape[d]))) for d in axes}
+        over = {d: te.reduce_axis((0, x.shape[d])) for d in axes}
 
         def point(*i: Any) -> Any:
             kept = iter(j for d, j in enumerate(i) if not (keep and d in over))
@@ -258,8 +264,13 @@ def _sum(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
 def _mean(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
     dtype, shape, out = DTYPES[node.meta["val"].dtype], a["self"].meta["val"].shape, node.meta["val"].shape
     total = _reduction(c, node, a, 0, lambda x, y: x + y, lambda x: elementwise.constant(x, dtype))
-    count = tirx.floordiv(c.size(math.prod(shape)), c.size(math.prod(out)))
-    return c.te(out, lambda x: lambda *i: x(*i) / count.astype(dtype), total)
+    axes = _axes(a, shape)
+
+    def compute(total: Any, x: Any) -> Any:  # x for its sizes
+        count = functools.reduce(lambda p, q: p * q, (x.shape[d] for d in axes))
+        return lambda *i: total(*i) / count.astype(dtype)
+
+    return c.te(out, compute, total, c.value(a["self"]))
 
 
 @converts(aten.amax.default)
@@ -297,7 +308,7 @@ def _softmax(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
         reducer = te.comm_reducer(lambda x, y: join(x, y), lambda dtype: elementwise.constant(start, str(dtype)))
 
         def compute(x: Any) -> Any:
-            over = te.reduce_axis((0, c.size(shape[axis])))
+            over = te.reduce_axis((0, x.shape[axis]))
             return lambda *i: reducer(elementwise.constant(x(*i[:axis], over, *i[axis:]), dtype), axis=[over])
 
         return c.te(kept, compute, x)
@@ -317,7 +328,7 @@ def _matmul(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
     vector, row = len(left) == 1, len(right) == 1
 
     def compute(p: Any, q: Any) -> Any:
-        k = te.reduce_axis((0, c.size(left[-1])))
+        k = te.reduce_axis((0, p.shape[-1]))
 
         def point(*i: Any) -> Any:
             rest = list(i)
@@ -416,7 +427,7 @@ def _cumsum(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
     axis = a["dim"] % len(shape)
 
     def compute(x: Any) -> Any:
-        k = te.reduce_axis((0, c.size(shape[axis])))
+        k = te.reduce_axis((0, x.shape[axis]))
 
         def point(*i: Any) -> Any:
             value = elementwise.constant(x(*i[:axis], k, *i[axis + 1 :]), dtype)

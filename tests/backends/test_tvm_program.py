@@ -172,11 +172,61 @@ def test_ops_without_a_converter_run_in_torch_and_are_named_together() -> None:
     assert {c.why for c in lowered.choices if c.kernel == "torch"} == {f"TVM has no converter for aten.{op}" for op in ("elu", "sort", "topk")}
 
 
+def test_sizes_that_occur_only_inside_others() -> None:
+    """A pooled and a normalised convolution of images of any size."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        y = F.conv2d(x, torch.ones(4, 3, 2, 2), stride=2)
+        return y.mean((2, 3)), y.softmax(-1), y.cumsum(2), y @ y.transpose(2, 3)
+
+    graph = graph_of(function, r(2, 3, 8, 6), dynamic={"x": {0: "batch", 2: "height", 3: "width"}})
+    compiled = compile_graph(graph)
+    assert worst(compiled, graph, r(2, 3, 8, 6)) < 2e-6
+    assert worst(compiled, graph, r(1, 3, 14, 10)) < 2e-6
+
+
+def test_bfloat16_weights_run_in_torch() -> None:
+    graph = capture(nn.Linear(5, 7).bfloat16().eval(), (r(3, 5).bfloat16(),), dynamic_shapes={"input": None})
+    compiled = compile_graph(graph)
+    assert worst(compiled, graph, r(3, 5).bfloat16()) == 0 and set(compiled.in_torch.values()) == {"aten.linear of bfloat16"}
+
+
 def test_half_precision_runs_in_torch() -> None:
     graph = graph_of(lambda x: F.gelu(x.half()).float() + 1, r(3, 5))
     compiled = compile_graph(graph)
     assert set(compiled.in_torch.values()) == {"aten.to.dtype of float16", "aten.gelu of float16"} or "aten._to_copy of float16" in compiled.in_torch.values()
     assert worst(compiled, graph, r(3, 5)) < 1e-6
+
+
+def test_double_precision_is_kept() -> None:
+    """Kernels of ours are for float32; those layers run in torch, the rest is compiled in float64."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.LayerNorm(7)).double()
+    graph = capture(model.eval(), (r(3, 5).double(),), dynamic_shapes={"input": None})
+    compiled = compile_graph(graph)
+    assert set(compiled.in_torch.values()) == {"aten.linear of float64", "aten.layer_norm of float64"}
+    assert worst(compiled, graph, r(3, 5).double()) < 1e-14
+
+
+class Sums(nn.Module):
+    """Additions that several products could take in: each is taken by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.d = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        a, b = self.a(x), self.b(x)
+        gate = F.silu(self.c(x))
+        y = self.d(x)
+        return a + b, gate + y, y.relu() + self.a(y), torch.add(self.b(y), x, alpha=2), self.c(y) + self.c(y)
+
+
+def test_an_addition_is_taken_in_by_one_product() -> None:
+    graph = capture(Sums().eval(), (r(5, 16),), dynamic_shapes={"x": {0: "rows"}})
+    compiled = compile_graph(graph)
+    assert worst(compiled, graph, r(5, 16)) < 2e-6
+    assert worst(compiled, graph, r(40, 16)) < 2e-6
 
 
 # -- fusion --------------------------------------------------------------------------------------------------------------
