@@ -540,6 +540,8 @@ def _flip(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
 @converts(aten.adaptive_avg_pool2d.default, aten.max_pool2d.default, aten.avg_pool2d.default)
 def _pool(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
     shape, out, largest = a["self"].meta["val"].shape, node.meta["val"].shape, node.target is aten.max_pool2d.default
+    if node.target is aten.adaptive_avg_pool2d.default and all(map(is_one, out[-2:])):
+        return _mean(c, node, {**a, "dim": [-2, -1], "keepdim": True})
     if node.target is aten.adaptive_avg_pool2d.default:
         size = stride = [int(n) // int(o) for n, o in zip(shape[-2:], out[-2:])]
         padding, dilation = [0, 0], [1, 1]
@@ -570,7 +572,7 @@ def pool_why_not(node: fx.Node) -> str | None:
     a, shape = arguments(node), node.args[0].meta["val"].shape[-2:]  # type: ignore[union-attr]
     if node.target is aten.adaptive_avg_pool2d.default:
         out = node.meta["val"].shape[-2:]
-        return None if all(isinstance(n, int) and n % o == 0 for n, o in zip(shape, out)) else "its windows differ"
+        return None if all(is_one(o) or isinstance(n, int) and n % o == 0 for n, o in zip(shape, out)) else "its windows differ"
     if a.get("ceil_mode") or node.target is aten.avg_pool2d.default and (a["divisor_override"] or any(_each(a["padding"], 2))):
         return "its windows differ"
     return None

@@ -177,12 +177,13 @@ def test_sizes_that_occur_only_inside_others() -> None:
 
     def function(x: Tensor) -> tuple[Tensor, ...]:
         y = F.conv2d(x, torch.ones(4, 3, 2, 2), stride=2)
-        return y.mean((2, 3)), y.softmax(-1), y.cumsum(2), y @ y.transpose(2, 3)
+        return y.mean((2, 3)), y.softmax(-1), y.cumsum(2), y @ y.transpose(2, 3), F.adaptive_avg_pool2d(y, 1)
 
     graph = graph_of(function, r(2, 3, 8, 6), dynamic={"x": {0: "batch", 2: "height", 3: "width"}})
     compiled = compile_graph(graph)
     assert worst(compiled, graph, r(2, 3, 8, 6)) < 2e-6
     assert worst(compiled, graph, r(1, 3, 14, 10)) < 2e-6
+    assert not compiled.in_torch
 
 
 def test_bfloat16_weights_run_in_torch() -> None:

@@ -181,7 +181,7 @@ class One(nn.Module):
         return torch.ops.rewright.onnx_node(list(inputs), *self.case[1:])
 
 
-@pytest.mark.parametrize("case", onnx_node.cases(torch.float32, "cpu"), ids=("loop", "two", "found"))
+@pytest.mark.parametrize("case", list(onnx_node.cases(torch.float32, "cpu")), ids=("loop", "two", "found"))
 def test_every_case_runs_and_stays_one_node_through_export(case: tuple) -> None:
     exported = torch.export.export(One(case), tuple(case[0]), strict=False).run_decompositions({})
     calls = [n for n in exported.graph.nodes if "onnx_node" in str(n.target)]
