@@ -30,7 +30,7 @@ from .zoo.minilm import encode, judged_texts
 SHAPES = ((1, 32), (8, 128), (32, 64))
 BASELINE = "onnxruntime quantize_dynamic"
 OURS = "rewright encoder-int8"
-OURS_TVM = "rewright encoder-int8, compiled by TVM"
+OURS_TVM = "rewright encoder-int8 in TVM"
 EAGER, COMPILED, FP32 = "torch eager fp32", "torch.compile fp32", "onnxruntime fp32"
 EAGER_BF16, COMPILED_BF16 = "torch eager bf16", "torch.compile bf16"
 
