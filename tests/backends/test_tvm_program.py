@@ -86,7 +86,7 @@ ATEN: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "depthwise": (nn.Conv2d(6, 12, 3, 1, 1, groups=6), (r(2, 6, 5, 4),)),
     "conv1d": (nn.Conv1d(5, 7, 3, 2, dilation=2), (r(2, 5, 16),)),
     "batch_norm": (BATCH_NORM, (r(2, 6, 5, 4),)),
-    "pools": (lambda x: (F.max_pool2d(x, 3, 2, 1), F.avg_pool2d(x, 2), F.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, 3)), (r(1, 2, 6, 6),)),
+    "pools": (lambda x: (F.max_pool2d(x, 3, 2, 1), F.avg_pool2d(x, (2, 3)), F.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, 3)), (r(1, 2, 6, 6),)),
     "cumsum": (lambda x: (x.cumsum(1), (x > 0).long().cumsum(0)), (r(3, 5),)),
     "triangles": (lambda x: (x.tril(-1), x.triu(1), x.tril(1)), (r(2, 5, 4),)),
     "repeats": (lambda x: (x.repeat_interleave(3, 1), x.repeat_interleave(2), x.repeat(2, 1, 1, 3), x.roll((1, -2), (0, 1)), x.flip(1)), (r(2, 4, 5),)),
