@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.lower import BACKENDS as LOWERINGS
 from ..backends.lower import lower
 from ..backends.onnx.session import Session
 from ..backends.target import Target
@@ -122,7 +123,7 @@ def _runner(model: nn.Module | Graph | Path, backend: str, scratch: Path) -> tup
     if isinstance(model, Path) or backend == "onnx":
         return _session_run(model, scratch), "onnxruntime"
     if backend not in BACKENDS:
-        known = backend in ("tvm", "triton", "kernels")
+        known = backend in LOWERINGS
         lowered = lower(model, Target.load("cpu" if known else backend), backend=backend if known else "kernels")
         return runner_of(lowered.module), backend
     return _in_torch(model.module, backend)

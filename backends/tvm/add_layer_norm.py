@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ..target import cpu_features
 from .compat import llvm_target, tvm
-from .gemm import Plan
+from .gemm import lanes_of
 from .rows import Norm
 
 
 @functools.cache
 def _build(d: int, eps: float) -> Callable[..., None]:
     what = Norm(d, eps, residual=True, keep_sum=True)
-    return tvm.compile(what.build(Plan.of(cpu_features(), d).lanes, "main"), target=llvm_target())["main"]
+    return tvm.compile(what.build(lanes_of(cpu_features()), "main"), target=llvm_target())["main"]
 
 
 def launch(x: Tensor, r: Tensor, w: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from ..target import cpu_features
 from . import runtime
 from .compat import TVM, llvm_target, needed, relax, tvm
 from .convert import Program, aligned, convert, tensors
+from .gemm import lanes_of
 from .schedule import schedule
 
 _NUMBERS = itertools.count()
@@ -133,7 +134,7 @@ def _built(program: Program, features: Collection[str], fuse: bool) -> Any:
     passes = [
         *((steps.AnnotateTIROpPattern(), steps.FuseOps(), steps.FuseTIR()) if fuse else ()),  # pointwise chains become one loop
         *(steps.ToNonDataflow(), steps.RemovePurityChecking(), steps.CallTIRRewrite()),
-        schedule(16 if "avx512f" in features else 8),
+        schedule(lanes_of(features)),
         *(steps.StaticPlanBlockMemory(), steps.LowerAllocTensor(), steps.KillAfterLastUse()),
         *(steps.LowerRuntimeBuiltin(), steps.ComputePrimValue(), steps.VMShapeLower(), steps.AttachGlobalSymbol()),
         add_kernels,

@@ -22,7 +22,7 @@ from ...ir.ops.linear_nbits import group_values
 from . import elementwise
 from .compat import relax, te, tvm
 from .converters import CONVERTERS, SPLITS, UNLESS, count_of, is_one
-from .gemm import Plan, Product, pack, pack_channels, pack_codes
+from .gemm import Plan, Product, lanes_of, pack, pack_channels, pack_codes
 from .nbits import Grouped, pack_groups
 from .rows import Sink, quantize
 
@@ -128,7 +128,7 @@ class Converter:
     def __post_init__(self) -> None:
         self.block = relax.BlockBuilder()
         self.symbols: dict[sympy.Symbol, Any] = {}
-        self.lanes = 16 if "avx512f" in self.features else 8
+        self.lanes = lanes_of(self.features)
 
     # -- the walk ----------------------------------------------------------------------------------------------------
 
@@ -249,7 +249,7 @@ class Converter:
         return relax.TensorType(self.shape(sizes), dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch."))
 
     def weight(self, key: Any, make: Callable[[], Tensor]) -> Any:
-        """A parameter of the program; `make` gives its tensor once a key."""
+        """A constant of the program; `make` gives its tensor once a key."""
         if key not in self.stored:
             # as parameters, all would be checked at every call
             self.stored[key] = relax.const(tvm.runtime.from_dlpack(aligned(make().detach())))

@@ -64,10 +64,6 @@ def _power(x: Any, y: Any) -> Any:
     )
 
 
-def _divide(x: Any, y: Any) -> Any:
-    return tirx.div(x, y)
-
-
 def _hard(x: Any) -> Any:
     """clip((x + 3) / 6, 0, 1)."""
     zero, three, six = (constant(n, arithmetic.dtype_of(x)) for n in (0, 3, 6))
@@ -108,13 +104,12 @@ BINARY: dict[str, Point] = {
     "add": lambda x, y: x + y,
     "sub": lambda x, y: x - y,
     "mul": lambda x, y: x * y,
-    "div": _divide,
+    "div": tirx.div,
     "pow": _power,
     "maximum": tirx.max,
     "minimum": tirx.min,
     "max": tirx.max,
     "min": tirx.min,
-    "rsub": lambda x, y: y - x,
     "floor_divide": lambda x, y: tirx.floor(x / y) if arithmetic.dtype_of(x).startswith("float") else tirx.floordiv(x, y),
     "remainder": lambda x, y: x - tirx.floor(x / y) * y if arithmetic.dtype_of(x).startswith("float") else tirx.floormod(x, y),
     "eq": lambda x, y: x.equal(y),
@@ -149,6 +144,7 @@ def why_not(node: fx.Node) -> str | None:
     if not isinstance(target, torch._ops.OpOverload) or target._overloadname not in ("Tensor", "Scalar", "Tensor_Scalar", "Tensor_Tensor", "default", "other"):
         return f"{target} is not known"
     name = target._schema.name.split("::")[1]
+    name = "sub" if name == "rsub" else name
     if name not in BINARY or target._schema.is_mutable or len(arguments(node)) > 3:
         return f"{target} is not known"
     return None
@@ -183,13 +179,13 @@ def of(node: fx.Node) -> tuple[Point, list[Any]]:
         return (lambda x, y: BINARY[name](constant(x, "bool"), constant(y, "bool"))), operands[:2]
     kind = _common(operands[:2]) if name in COMPARISONS else out
     alpha = a.get("alpha", 1)
+    if name == "rsub":  # y - alpha x
+        name, operands = "sub", operands[1::-1]
 
     def both(x: Any, y: Any) -> Any:
         y = constant(y, kind)
         return BINARY[name](constant(x, kind), y if alpha == 1 else y * constant(alpha, kind))
 
-    if name == "rsub":
-        return (lambda x, y: constant(y, kind) - constant(x, kind) * constant(alpha, kind)), operands[:2]
     return both, operands[:2]
 
 

@@ -27,6 +27,11 @@ QUANTIZED_BLOCK = 16
 """Rows whose outputs wait, all of them, for their largest value."""
 
 
+def lanes_of(features: Collection[str]) -> int:
+    """Values of float32 in a vector of a CPU with these features."""
+    return 16 if "avx512f" in features else 8
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a CPU computes a product: lanes of float32 in a vector, output channels of a panel, rows of a tile, whether it has VPDPBUSD."""
@@ -39,8 +44,8 @@ class Plan:
     @classmethod
     def of(cls, features: Collection[str], out: int) -> Plan:
         """For a CPU with these features: 24 accumulators of the 32 registers of AVX-512, 12 of the 16 of AVX2. Panels that fit `out` best."""
-        wide = "avx512f" in features
-        lanes = 16 if wide else 8
+        lanes = lanes_of(features)
+        wide = lanes == 16
         choices = ((3 * lanes, 8), (4 * lanes, 6), (2 * lanes, 8)) if wide else ((2 * lanes, 6), (lanes, 8))
         columns, rows = min(choices, key=lambda c: -out % c[0])
         return cls(lanes, columns, rows, wide and "avx512_vnni" in features)
@@ -89,7 +94,7 @@ class Product:
     @property
     def padded(self) -> int:
         """Channels of x as the kernel reads it: codes come in fours."""
-        return self.width + -self.width % 4 if self.codes else self.width
+        return Sink.width(self.width) if self.codes else self.width
 
     def build(self, plan: Plan, name: str) -> Any:
         """The PrimFunc."""
