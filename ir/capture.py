@@ -21,6 +21,9 @@ from .hooks import adopt_foreign_ops, hooks_in_place
 
 aten = torch.ops.aten
 
+LAYER = "rewright.layer"
+"""Annotation (torch.fx.traceback) with the path of a call that no module of the traced model makes: that of an ONNX file's node."""
+
 DimNames = dict[str, dict[int, str]]
 """Flat input name -> axis -> name of the dynamic dimension."""
 
@@ -243,6 +246,7 @@ def _to_graph(exported: ExportedProgram, parameters: tuple[Parameter, ...], give
     for node in module.graph.nodes:
         path = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())[-1][0]
         path = "" if path.startswith("_empty_nn_module_stack") else path
+        path = (node.meta.get("custom") or {}).get(LAYER, path)
         node.meta = {"val": node.meta.get("val"), "path": path if node.op == "call_function" else str(node.target).rpartition(".")[0]}
     _forget_trace(module.graph)
     adopt_foreign_ops(module.graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor, fx, nn
 from .call import CallCodeGen
 from .encoding import decode, decode_call, encode, encode_call, find_target, identifier, target_name, torch_constant, weight_name
 from .errors import InputFileError
-from .graph import Dim, Graph, graph_module, owner_of
+from .graph import Dim, Graph, Source, graph_module, owner_of
+from .onnx.checks import OPSETS
 
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 FORMAT, VERSION = "rewright graph", 1
@@ -25,7 +27,8 @@ _ALIGNMENT = 64  # bytes; on weights that lie askew, as in the mapped file, CPU 
 def save_graph(graph: Graph, folder: Path) -> None:
     """Write the graph into an existing folder; `load_graph` gives it back, bit-equal.
 
-    Weights keep their names; one that is tied to another, or has no data (meta), is in graph.json alone.
+    Weights keep their names; one that is tied to another, or has no data (meta), is in graph.json alone. What an imported file is written
+    back with (`Graph.source`) and the other names of tied weights are there too.
     Raises UsageError for a graph with foreign ops.
     """
     weights, held = _encode_weights(graph)
@@ -39,6 +42,8 @@ def save_graph(graph: Graph, folder: Path) -> None:
         "canonical": graph.canonical,
         "notes": [*graph.notes, *notes],
         "dims": [{"name": d.name, "example": d.example, "low": d.low, "high": d.high} for d in graph.dims.values()],
+        **({"source": dataclasses.asdict(graph.source)} if graph.source is not None else {}),
+        **({"ties": graph.ties} if graph.ties else {}),
         "weights": weights,
         "inputs": _encode_inputs(graph),
         "nodes": [_encode_node(n) for n in graph.fx.nodes if n.op in ("get_attr", "call_function")],
@@ -101,6 +106,8 @@ def _build(data: Mapping[str, Any], folder: Path) -> Graph:
     program.output(decode(data["outputs"], nodes))
     program._codegen = CallCodeGen(call)
     graph = Graph(graph_module(root, program), call, {}, notes=notes, canonical=bool(data["canonical"]))
+    graph.ties = {str(name): _names(others, "its list of ties") for name, others in data.get("ties", {}).items()}
+    graph.source = _source(data["source"]) if "source" in data else None
     for d in data["dims"]:
         graph.add_dim(Dim(str(d["name"]), int(d["example"]), int(d["low"]), None if d["high"] is None else int(d["high"])))
     for node, entry in zip(graph.inputs, data["inputs"], strict=True):
@@ -113,6 +120,21 @@ def _build(data: Mapping[str, Any], folder: Path) -> Graph:
     graph.output.meta["val"] = None
     graph.recompile()
     return graph
+
+
+def _source(data: Mapping[str, Any]) -> Source:
+    """What an imported file is written back with, as `save_graph` wrote it."""
+    opset, external = data["opset"], data["external"]
+    if type(opset) is not int or opset not in OPSETS or type(external) is not bool:
+        raise InputFileError(f"its source is damaged: opset {opset!r}, external {external!r}; expected {OPSETS.start} to {OPSETS.stop - 1}, true or false")
+    inputs, weights, metadata = (dict(zip(data[part], _names(list(data[part].values()), "its source"))) for part in ("inputs", "weights", "metadata"))
+    return Source(inputs, _names(data["outputs"], "its source"), weights, opset, metadata, external)
+
+
+def _names(held: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(held, list) or not all(isinstance(name, str) for name in held):
+        raise InputFileError(f"{where} has {held!r} where names are expected; the file is damaged")
+    return tuple(held)
 
 
 def _encode_node(node: fx.Node) -> dict[str, Any]:

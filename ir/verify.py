@@ -267,7 +267,7 @@ def local_error(a: Graph, b: Graph, flat: tuple[Tensor, ...]) -> float:
     """
     mine, guided = _Trace(a.module), _Guided(b.module)
     expected = mine.run(*flat, enable_io_processing=False)
-    guided.given = mine.values
+    guided.given, guided.twins = mine.values, mine.nodes
     found = guided.run(*flat, enable_io_processing=False)
     return max([*guided.errors, drift(expected, found).relative_error])
 
@@ -310,20 +310,28 @@ class _Trace(fx.Interpreter):
 
 
 class _Guided(fx.Interpreter):
-    """Goes on with the given values in the place of its own, and keeps their errors."""
+    """Goes on with the given values in the place of its own, and keeps their errors. What a step reads is compared before it is rounded, also
+    where another call makes it now."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.given: dict[str, Tensor] = {}
+        self.twins: dict[str, fx.Node] = {}
         self.errors: list[float] = []
 
     def run_node(self, n: fx.Node) -> Any:
+        if op_name(n) in STEPS and (twin := self.twins.get(n.name)) is not None:
+            for mine, other in zip(n.args, twin.args):
+                if isinstance(mine, fx.Node) and isinstance(other, fx.Node) and other.name in self.given:
+                    self.env[mine] = self._guided(self.env[mine], self.given[other.name])
         with torch.no_grad():
             value = super().run_node(n)
-        twin = self.given.get(n.name)
+        return self._guided(value, self.given.get(n.name))
+
+    def _guided(self, value: Any, twin: Tensor | None) -> Any:
         if twin is None or not isinstance(value, Tensor) or value.shape != twin.shape or value.dtype != twin.dtype:
             return value
-        if value.is_floating_point():
+        if value.is_floating_point() and value is not twin:
             self.errors.append(_tensor_drift(twin, value).relative_error)
         return twin
 

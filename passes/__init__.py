@@ -48,6 +48,7 @@ PASSES = {
     "quantize-embedding": "quantization.quantize_embedding:QuantizeEmbedding",
     "shift-linear": "shiftadd.shift_linear:ShiftLinear",
     "freeze-shift": "shiftadd.freeze_shift:FreezeShift",
+    "dequantize-linear": "quantization.dequantize_linear:DequantizeLinear",
     "quantize-linear": "quantization.quantize_linear:QuantizeLinear",
 }
 

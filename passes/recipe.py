@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class Recipe:
     budget: Budget = Budget()
     require_match: frozenset[str] = frozenset()
     ignore: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Dynamic dims that are fixed before the first pass, by name."""
     tidy: bool = False
     """Whether an .onnx file that is written is tidied (backends.onnx.tidy); with no passes, an .onnx model's own nodes are, as they are."""
     source: str = "passes given on the command line or in Python"
@@ -35,13 +38,15 @@ class Recipe:
     @property
     def only_tidies(self) -> bool:
         """Whether all there is to do to an .onnx file is to tidy its nodes, for which it need not be imported."""
-        return self.tidy and not self.passes
+        return self.tidy and not self.passes and not self.sizes
 
     def to_toml(self) -> str:
         """The resolved recipe: every option spelt out, accepted back by `Recipe.load`."""
         lines = [f"# resolved from: {' '.join(self.source.split())}", f"target = {_toml(self.target)}", f"ignore = {_toml(list(self.ignore))}"]
         if self.tidy:
             lines.append("tidy = true")
+        if self.sizes:
+            lines += ["", "[sizes]", *(f"{json.dumps(k)} = {v}" for k, v in self.sizes.items())]
         if budget := {k: v for k, v in dataclasses.asdict(self.budget).items() if v is not None}:
             lines += ["", "[verify]", *(f"{k} = {_toml(v)}" for k, v in budget.items())]
         for step in self.passes:
@@ -75,7 +80,7 @@ class Recipe:
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"the recipe {source} is not valid TOML: {error}") from error
-        _known_keys(data, ("target", "ignore", "tidy", "verify", "pass"), source)
+        _known_keys(data, ("target", "ignore", "tidy", "sizes", "verify", "pass"), source)
         entries = data.get("pass", [])
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise RecipeError(f"{source}: passes are written as [[pass]] tables with a name")
@@ -93,18 +98,17 @@ class Recipe:
         target = _checked(str, data.get("target", "cpu"), f"{source}: target")
         ignore = _checked(tuple[str, ...], data.get("ignore", []), f"{source}: ignore")
         tidy = _checked(bool, data.get("tidy", False), f"{source}: tidy")
-        return Recipe(tuple(passes), target, _checked(Budget, verify, f"{source}: verify"), frozenset(required), ignore, tidy, source)
+        sizes = _checked(dict[str, pydantic.PositiveInt], data.get("sizes", {}), f"{source}: sizes")
+        return Recipe(tuple(passes), target, _checked(Budget, verify, f"{source}: verify"), frozenset(required), ignore, sizes, tidy, source)
 
 
-def from_command_line(recipe: str | None, passes: list[str], settings: list[str]) -> Recipe:
-    """`-r NAME`, `-p PASS:option=value,...` and `--set pass.option=value` as one recipe. Raises RecipeError."""
-    if (recipe is None) == (not passes):
-        raise RecipeError("give either a recipe (-r NAME, `rewright recipes` lists them) or passes (-p NAME, `rewright passes` lists them)")
-    base = (
-        Recipe.load(recipe)
-        if recipe is not None
-        else Recipe(tuple(pass_from_text(p) for p in passes), require_match=frozenset(p.partition(":")[0] for p in passes))
-    )
+def from_command_line(recipe: str | None, passes: list[str], settings: list[str], sizes: Sequence[str] = ()) -> Recipe:
+    """`-r NAME`, `-p PASS:option=value,...` (in front of the recipe's), `--set pass.option=value` and `--size dim=size` as one recipe. Raises RecipeError."""
+    if recipe is None and not passes:
+        raise RecipeError("give a recipe (-r NAME, `rewright recipes` lists them) or passes (-p NAME, `rewright passes` lists them)")
+    base = Recipe(()) if recipe is None else Recipe.load(recipe)
+    first = tuple(pass_from_text(p) for p in passes)
+    base = dataclasses.replace(base, passes=(*first, *base.passes), require_match=base.require_match | {p.name for p in first})
     for setting in settings:
         place, _, value = setting.partition("=")
         name, _, option = place.rpartition(".")
@@ -115,6 +119,11 @@ def from_command_line(recipe: str | None, passes: list[str], settings: list[str]
         base = dataclasses.replace(
             base, passes=tuple(make_pass(name, {**options_of(p), option: _value(value)}, f"--set {setting}") if p.name == name else p for p in base.passes)
         )
+    for size in sizes:
+        name, _, number = size.rpartition("=")
+        if not name or not number.isdecimal() or int(number) < 1:
+            raise RecipeError(f"--size {size!r} is not DIM=SIZE, such as sequence=128 (`rewright inspect MODEL` lists the dynamic dims)")
+        base = dataclasses.replace(base, sizes={**base.sizes, name: int(number)})
     return base
 
 

@@ -15,6 +15,8 @@ from ..ir.errors import InputFileError, UsageError
 from .zoo import offline
 
 KINDS = (".npz", ".jsonl", ".txt")
+LENGTH = 128
+"""Tokens of the longest text, or of a window of text."""
 
 
 def calibration(
@@ -22,7 +24,7 @@ def calibration(
     transform: Callable[[Any], Any] | None = None,
     tokenizer: Any = None,
     batch: int = 8,
-    length: int = 128,
+    length: int = LENGTH,
     most: int | None = None,
 ) -> list[Any]:
     """Batches of inputs, each as the model takes it: a dict of keyword arguments, a tuple of positional ones, or one tensor.

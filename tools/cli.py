@@ -27,10 +27,11 @@ Model = Annotated[str, typer.Argument(help=".onnx, .pt2, saved result folder, hf
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Inputs = Annotated[str | None, typer.Option(help="Example inputs: an .npz file or 'name=int64[2,16],...'.")]
 RecipeName = Annotated[str | None, typer.Option("-r", "--recipe", help="Shipped recipe or .toml file.")]
-PassNames = Annotated[list[str] | None, typer.Option("-p", "--pass", help="PASS[:option=value,...]; repeat for several.")]
+PassNames = Annotated[list[str] | None, typer.Option("-p", "--pass", help="PASS[:option=value,...]; repeat for several. In front of a recipe's.")]
 TargetName = Annotated[str | None, typer.Option(help="cpu, h200, a100, cuda:sm_90 or a .toml file.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="pass.option=value, over the recipe's.")]
 CalibrationFile = Annotated[str | None, typer.Option(help="Batches of inputs: .npz (leading axis of batches), .jsonl or .txt.")]
+Sizes = Annotated[list[str] | None, typer.Option("--size", help="DIM=SIZE: fix a dynamic dim, as merging tokens needs; repeat for several.")]
 Tokenizer = Annotated[str | None, typer.Option(help="For calibration text: a tokenizer's folder or tokenizer.json.")]
 
 
@@ -45,6 +46,7 @@ def optimize(
     settings: Settings = None,
     calibration: CalibrationFile = None,
     tokenizer: Tokenizer = None,
+    size: Sizes = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Module path no lossy pass may touch.")] = None,
     profile: Annotated[str, typer.Option(help="ONNX operators: ort (com.microsoft where faster) or pure.")] = "ort",
     opset: Annotated[int | None, typer.Option(help="ONNX opset of an .onnx output; default an .onnx file's own, else 20, or 23 for Attention.")] = None,
@@ -58,7 +60,7 @@ def optimize(
     from .optimize import optimize as run
     from .stages import checkpoints, remove_checkpoints
 
-    plan, checkpoint = _recipe(recipe, passes, settings), None
+    plan, checkpoint = _recipe(recipe, passes, settings, size), None
     if out is not None:
         _check_out(out)
         if any(p.trains for p in plan.passes):
@@ -99,13 +101,14 @@ def plan(
     settings: Settings = None,
     calibration: CalibrationFile = None,
     tokenizer: Tokenizer = None,
+    size: Sizes = None,
     as_json: Json = False,
 ) -> None:
     """A dry run: what would match, be declined and why, and what it is predicted to buy. Writes nothing."""
     from . import present
     from .optimize import optimize as run
 
-    chosen = _recipe(recipe, passes, settings)
+    chosen = _recipe(recipe, passes, settings, size)
     with present.progress() as bar:
         subject = _subject(model, chosen, inputs, calibration, tokenizer)
         result = run(subject, recipe=chosen, target=target, verify=False, train=False, progress=bar)
@@ -448,20 +451,22 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _load(model: str, inputs: str | None, data: str | None = None, tokenizer: str | None = None) -> Any:
-    """The model with its inputs, and those of a calibration file behind them."""
-    from .calibration import calibration
+def _load(model: str, inputs: str | None, data: str | None = None, tokenizer: str | None = None, sizes: dict[str, int] | None = None) -> Any:
+    """The model with its inputs, and those of a calibration file behind them; texts no longer than the model will be fixed at."""
+    from ..ir.sizes import token_count
+    from .calibration import LENGTH, calibration
     from .models import as_flat, load_model
 
     loaded = load_model(model, inputs)
     if data is not None:
-        loaded.inputs += [as_flat(loaded.graph, batch) for batch in calibration(data, tokenizer=tokenizer)]
+        length = token_count(loaded.graph, sizes) or LENGTH
+        loaded.inputs += [as_flat(loaded.graph, batch) for batch in calibration(data, tokenizer=tokenizer, length=length)]
     return loaded
 
 
-def _subject(model: str, recipe: Any, *given: str | None) -> Any:
+def _subject(model: str, recipe: Any, *given: Any) -> Any:
     """What `optimize` works on: an .onnx file's own name where the recipe only tidies its nodes, else the model captured."""
-    return model if recipe.only_tidies and model.endswith(".onnx") else _load(model, *given)
+    return model if recipe.only_tidies and model.endswith(".onnx") else _load(model, *given, sizes=recipe.sizes)
 
 
 def _canonical(model: str, inputs: str | None) -> Any:
@@ -470,10 +475,10 @@ def _canonical(model: str, inputs: str | None) -> Any:
     return Pipeline([], verify=False).run(_load(model, inputs).graph).graph
 
 
-def _recipe(recipe: str | None, passes: list[str] | None, settings: list[str] | None) -> Any:
+def _recipe(recipe: str | None, passes: list[str] | None, settings: list[str] | None, sizes: list[str] | None = None) -> Any:
     from ..passes.recipe import from_command_line
 
-    return from_command_line(recipe, passes or [], settings or [])
+    return from_command_line(recipe, passes or [], settings or [], sizes or [])
 
 
 def _profile(name: str) -> Any:

@@ -19,8 +19,9 @@ from ..backends.onnx.session import Session
 from ..backends.target import Target
 from ..ir.errors import UsageError
 from ..ir.graph import Graph
+from ..ir.sizes import token_count
 from .calibration import calibration
-from .models import Loaded, check_onnx, load_model, runner_of
+from .models import Loaded, at_length, check_onnx, load_model, runner_of
 from .optimize import Result, load
 from .score import Run, Score, ratio
 from .zoo import load_zoo
@@ -125,8 +126,9 @@ def _runner(model: nn.Module | Graph | Path, backend: str, scratch: Path) -> tup
     if backend not in BACKENDS:
         known = backend in LOWERINGS
         lowered = lower(model, Target.load("cpu" if known else backend), backend=backend if known else "kernels")
-        return runner_of(lowered.module), backend
-    return _in_torch(model.module, backend)
+        return at_length(runner_of(lowered.module), token_count(model)), backend
+    run, used = _in_torch(model.module, backend)
+    return at_length(run, token_count(model)), used
 
 
 def _in_torch(module: nn.Module, backend: str) -> tuple[Run, str]:
@@ -147,7 +149,7 @@ def _session_run(model: Graph | Path, scratch: Path) -> Run:
             raise UsageError(f"the ONNX model reads {', '.join(missing)}, which the batch lacks; it has {', '.join(batch)}")
         return session([batch[name] for name in session.inputs])[0]
 
-    return run
+    return at_length(run, session.token_count)
 
 
 def _agreement(run: Run, reference: Run, batches: Iterable[Any]) -> list[Score]:

@@ -58,10 +58,17 @@ def graph_facts(graph: Any, model: str) -> dict[str, Any]:
 
 
 def onnx_facts(path: Path) -> dict[str, Any]:
-    """What `inspect` says of an .onnx file. Raises InputFileError when it is not one."""
+    """What `inspect` says of an .onnx file: of its nodes, and of the program they mean. Raises InputFileError when it is not one."""
+    from ..ir.errors import CaptureError
     from .models import check_onnx
+    from .optimize import capture
 
     model = check_onnx(path)
+    try:
+        program = graph_facts(capture(path), str(path))
+        understood = {key: program[key] for key in ("dynamic dims", "structure", "tokens", "weights", "cost at example sizes", "notes")}
+    except CaptureError as error:
+        understood = {"structure": [f"not imported: {error}"]}
     ops = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph)
     return {
         "model": str(path),
@@ -71,6 +78,7 @@ def onnx_facts(path: Path) -> dict[str, Any]:
         "nodes": sum(ops.values()),
         "ops": dict(ops.most_common()),
         "file": megabytes(path.stat().st_size),
+        **understood,
     }
 
 

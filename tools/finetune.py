@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..ir.errors import Interrupted, UsageError
 from ..ir.files import check_writable
 from ..ir.graph import Flat, Graph
+from ..ir.sizes import filled, token_count
 from ..ir.verify import compare, padding_mask
 from ..passes.pipeline import Outcome, Pipeline, Record
 from ..passes.recipe import Recipe
@@ -23,7 +24,7 @@ from .calibration import calibration
 from .distillation import AttentionTransfer, Distillation, OutputLoss, Term, alike, hidden_terms, output_terms, outputs
 from .finetuned import DRIFT, Finetuned, Metric
 from .lora import LowRankUpdates
-from .models import Loaded, as_flat, runner_of
+from .models import Loaded, as_flat, at_length, at_sizes, runner_of
 from .optimize import Progress, Result, batches_of, load, loaded_from, silent
 from .trainable import choose, with_own_weights
 from .training import Trained, Training, train
@@ -80,6 +81,7 @@ def finetune(
     """
     given = _as_result(student)
     original = loaded_from(teacher, None)
+    original = at_sizes(original, {name: size for name, size in given.recipe.sizes.items() if name in original.graph.dims})
     reference = _canonical(original.graph)
     if why := _why_not(given.graph, reference):
         raise UsageError(why)
@@ -195,11 +197,15 @@ class _Data:
 
 def _data(original: Loaded, graph: Graph, given: Iterable[Any] | str | Path, seed: int) -> _Data:
     zoo = original.zoo
-    flats = batches_of(original, given) if zoo is None else [as_flat(graph, b) for b in calibration(given)]
+
+    def flat(batch: Any) -> Flat:
+        return filled(graph, as_flat(graph, batch))
+
+    flats = batches_of(original, given) if zoo is None else [flat(b) for b in calibration(given)]
     if not flats and zoo is not None:
-        held_out = [as_flat(graph, b) for b in zoo.validation()]
+        held_out = [flat(b) for b in zoo.validation()]
         zoo.training_batch(0, seed)  # reads its texts now, which is no part of the run's time
-        return _Data(lambda step: as_flat(graph, zoo.training_batch(step, seed)), held_out, f"{original.name}'s training data", "")
+        return _Data(lambda step: flat(zoo.training_batch(step, seed)), held_out, f"{original.name}'s training data", "")
     if len(flats) < 2:
         got = "one batch" if flats else "no data"
         raise UsageError(f"there is {got} to learn from: give --data FILE or batches=, two batches at least, for the last quarter is held out")
@@ -220,8 +226,9 @@ def _metric(original: Loaded, reference: Graph, given: Callable[[nn.Module], flo
         return Metric("metric", given(reference.module)), given
     if zoo is None:
         return None, lambda module: float("nan")
-    score = zoo.judge(runner_of(reference.module), zoo.glance)[0]
-    return Metric(score.name, score.value, score.on), lambda module: zoo.judge(runner_of(module), zoo.glance)[0].value
+    count = token_count(reference)
+    score = zoo.judge(at_length(runner_of(reference.module), count), zoo.glance)[0]
+    return Metric(score.name, score.value, score.on), lambda module: zoo.judge(at_length(runner_of(module), count), zoo.glance)[0].value
 
 
 def _as_result(student: Result | Graph | str | Path) -> Result:

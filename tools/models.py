@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -17,6 +18,7 @@ from ..ir.capture import capture
 from ..ir.errors import InputFileError, UsageError, near
 from ..ir.graph import Flat, Graph, quiet
 from ..ir.onnx.model import read_onnx, what_is
+from ..ir.sizes import fixed, in_batches, token_count
 from .calibration import read_npz
 from .score import Run
 from .zoo import ZOO, ZooModel, load_zoo, offline
@@ -75,6 +77,34 @@ def runner_of(module: Any) -> Run:
     return run
 
 
+def at_length(run: Run, count: int | None) -> Run:
+    """A runner of texts of any length up to `count`, over one of a program fixed at it: they are filled up, behind the mask, and the output is cut back."""
+    if count is None:
+        return run
+
+    def filled_up(batch: dict[str, Tensor]) -> Tensor:
+        ids = [name for name, t in batch.items() if t.dim() == 2 and not t.is_floating_point()]
+        length = batch[ids[0]].shape[1] if ids else count
+        if length == count:
+            return run(batch)
+        if length > count or not any("mask" in name for name in ids):
+            raise UsageError(
+                f"the model takes {count} tokens, and the data has {length}" + (", with no mask to hide what would fill them up" if length < count else "")
+            )
+        out = run({name: F.pad(t, (0, count - length)) if name in ids else t for name, t in batch.items()})
+        return out[:, :length] if out.dim() > 1 and out.shape[1] == count else out
+
+    return filled_up
+
+
+def at_sizes(loaded: Loaded, sizes: Mapping[str, int]) -> Loaded:
+    """A model with dynamic dims fixed, and its inputs brought to them (ir.sizes)."""
+    if not sizes:
+        return loaded
+    graph = fixed(loaded.graph, sizes)
+    return Loaded(loaded.name, graph, list(in_batches(graph, loaded.inputs)), loaded.module, loaded.zoo)
+
+
 def own_metric(loaded: Loaded) -> Callable[[nn.Module], float] | None:
     """A zoo model's own metric on its calibration data, higher is better, for budgets; None for other models.
 
@@ -82,10 +112,10 @@ def own_metric(loaded: Loaded) -> Callable[[nn.Module], float] | None:
     """
     if loaded.zoo is None:
         return None
-    judge = loaded.zoo.judge
+    judge, count = loaded.zoo.judge, token_count(loaded.graph)
 
     def metric(module: nn.Module) -> float:
-        score = judge(runner_of(module), split="calibration")[0]
+        score = judge(at_length(runner_of(module), count), split="calibration")[0]
         return score.value if score.higher_is_better else -score.value
 
     return metric

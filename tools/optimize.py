@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +28,7 @@ from ..ir.graph import Graph, quiet
 from ..ir.pattern import Miss, Pattern
 from ..ir.reexport import re_export
 from ..ir.save import load_graph, save_graph
+from ..ir.sizes import in_batches
 from ..ir.verify import Drift, compare, example_inputs, shorter_outputs
 from ..passes import find_pass
 from ..passes.bisect import Culprit
@@ -36,7 +38,7 @@ from ..passes.recipe import Recipe, make_pass
 from ..passes.rewrite import Declined, Pass, Rewrite, near_misses
 from ..passes.statistics import Calibration
 from .calibration import calibration as _calibration
-from .models import Flat, Loaded, as_flat, load_model, own_metric, random_inputs
+from .models import Flat, Loaded, as_flat, at_sizes, load_model, own_metric, random_inputs
 
 if TYPE_CHECKING:
     from .lowering import Lowering
@@ -99,7 +101,7 @@ class Result:
                 "verification": self.verification,
                 "passes": [r.as_dict() for r in self.records],
             }
-            manifest["files"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(temporary.iterdir())}
+            manifest["files"] = {f.name: _digest(f) for f in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1, default=str), encoding="utf8")
         return folder
 
@@ -146,6 +148,7 @@ def optimize(
     latency: Callable[[Graph], float] | None = None,
     checkpoint: str | Path | None = None,
     train: bool = True,
+    sizes: Mapping[str, int] | None = None,
     progress: Progress = silent,
 ) -> Result:
     """Rewrite a model by a recipe, every pass verified.
@@ -159,15 +162,17 @@ def optimize(
     ignore: module paths no lossy pass touches. latency: graph -> milliseconds, recorded after every pass that changed something.
     checkpoint: the n-th `finetune` of the recipe keeps a file `checkpoint-n`, from which the same call goes on, also when the process was
     killed; the caller removes them (tools.stages.remove_checkpoints). train: False leaves such passes out.
+    sizes: dynamic dims to fix, name -> size, beside the recipe's: passes that need to know the number of tokens then do. Shorter texts are filled up.
     Raises RecipeError, InputFileError, CaptureError, PromiseBroken (a required pass matched nothing), UsageError (no data to train on).
     Raises Interrupted for a Ctrl-C that leaves a checkpoint.
     """
     plan = as_recipe(recipe)
+    plan = dataclasses.replace(plan, sizes={**plan.sizes, **(sizes or {})})
     if plan.only_tidies and isinstance(model, str | Path) and str(model).endswith(".onnx"):
         from .onnx_file import tidied_file
 
         return tidied_file(model, plan)
-    loaded = loaded_from(model, example_inputs)
+    loaded = at_sizes(loaded_from(model, example_inputs), plan.sizes)
     calibration = calibration if isinstance(calibration, str | Path) else list(calibration)
     batches = batches_of(loaded, calibration)
     held = max(1, len(batches) // 4) if batches else 0
@@ -230,7 +235,7 @@ def loaded_from(model: Any, given: Any) -> Loaded:
 
 def batches_of(loaded: Loaded, calibration: Iterable[Any] | str | Path) -> list[Flat]:
     """The calibration data that was given, or what the model brings."""
-    return [as_flat(loaded.graph, b) for b in _calibration(calibration)] or loaded.inputs[1:]
+    return list(in_batches(loaded.graph, (as_flat(loaded.graph, b) for b in _calibration(calibration)))) or loaded.inputs[1:]
 
 
 def load(folder: str | Path) -> Result:
@@ -240,13 +245,19 @@ def load(folder: str | Path) -> Result:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf8"))
         recipe = Recipe.parse((folder / "recipe.resolved.toml").read_text(encoding="utf8"), str(folder / "recipe.resolved.toml"))
         for name, digest in manifest["files"].items():
-            if hashlib.sha256((folder / Path(name).name).read_bytes()).hexdigest() != digest:
+            if _digest(folder / Path(name).name) != digest:
                 raise InputFileError(f"{folder / name} was changed after it was saved (its hash differs from the manifest)")
     except (OSError, ValueError, KeyError) as error:
         raise InputFileError(f"{folder} is not a saved result: {error}") from error
     graph = load_graph(folder)
     records = [Record(**{**r, "declined": [Declined(**d) for d in r["declined"]]}) for r in manifest["passes"]]
     return Result(Outcome(graph, graph, records, recipe.passes, []), recipe, name=str(manifest.get("model", "")))
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cost(graph: Graph, target: str | Target = "cpu", sizes: Mapping[str, int] | None = None) -> list[tuple[NodeCost, float, str]]:

@@ -34,6 +34,10 @@ class Session:
             raise InputFileError(f"onnxruntime can't load {self.name}: {str(error).splitlines()[0][:300]}") from error
         self.inputs = [i.name for i in self.session.get_inputs()]
         self.outputs = [o.name for o in self.session.get_outputs()]
+        lengths = {i.shape[1] for i in self.session.get_inputs() if len(i.shape) == 2 and "int" in i.type}
+        length = lengths.pop() if len(lengths) == 1 else None
+        self.token_count = length if isinstance(length, int) else None
+        """The fixed length of its texts; None where it is dynamic, or there are none."""
 
     def __call__(self, flat: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run once. Inputs beyond what the model reads are an error, as a missing one is."""

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from ..evaluate import op_name
 from ..nodes import argument, arguments
-from .vocabulary import CHANNEL_NORMS, CONVOLUTIONS, LAST_AXIS_NORMS, aten, channel_axis, is_normed, is_projection, ours, path_of
+from .vocabulary import CHANNEL_NORMS, CONVOLUTIONS, LAST_AXIS_NORMS, aten, channel_axis, is_normed, is_projection, ours, path_of, without_floats
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def channel_constants(node: fx.Node) -> ChannelConstants | str | None:
         no_shift = f"the experts of {path_of(node)} have no bias that could take a shift"
         return why_not_edited(node.args[1], node) or ChannelConstants(node, "experts", _axis(node), (Constant("w", 2),), None, no_shift)
     if is_projection(node):
-        return f"{path_of(node)} is {op_name(node)}, whose weights are not stored as a matrix of floats"
+        return without_floats(node)
     return None
 
 

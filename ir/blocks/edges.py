@@ -16,7 +16,7 @@ from ..nodes import argument, is_looked_through
 from .absorbers import WRITTEN_OUT, Absorber, absorbers
 from .axes import kept_axis, source_axis
 from .channel_constants import why_not_edited
-from .vocabulary import ACTIVATIONS, CONVOLUTIONS, MOVES, aten, input_axis, is_norm, is_projection, ours, path_of, reads
+from .vocabulary import ACTIVATIONS, CONVOLUTIONS, MOVES, aten, input_axis, is_norm, is_projection, ours, path_of, reads, without_floats
 
 SITES = ("norm-linear", "value-output", "up-down", "linear-relu-linear", "hidden", "other")
 """What an edge's value comes from: a norm; attention; a gate's product; a linear, convolution or embedding, perhaps behind a ReLU or
@@ -191,7 +191,7 @@ def _why_fixed(node: fx.Node) -> str | None:
     """Why the input columns of a layer can't be changed."""
     if node.target is aten.linear.default or node.target in CONVOLUTIONS or node.target is ours.grouped_linear.default:
         return why_not_edited(node.args[1], node)
-    return f"{path_of(node)} is {op_name(node)}, whose weights are not stored as a matrix of floats"
+    return without_floats(node)
 
 
 def _why_no_shift(node: fx.Node) -> str | None:

@@ -31,12 +31,11 @@ ACTIVATIONS = {
     ours.quick_gelu.default: "quick_gelu",
 }
 SQUARES = (aten.pow.Tensor_Scalar, aten.square.default)
+SCALED_CODES = (ours.linear_int8_dynamic.default, ours.linear_int8_static.default, ours.linear_token.default, ours.linear_fp8.default)
+"""Linears on codes [out, in] with one scale [out] an output channel."""
+DEQUANTIZABLE = (*SCALED_CODES, ours.linear_nbits.default)
 QUANTIZED_LINEARS = (
-    ours.linear_int8_dynamic.default,
-    ours.linear_int8_static.default,
-    ours.linear_token.default,
-    ours.linear_nbits.default,
-    ours.linear_fp8.default,
+    *DEQUANTIZABLE,
     ours.shift_linear.default,
     ours.shift_linear_q.default,
     ours.shift_linear_ps.default,
@@ -234,6 +233,12 @@ def _weight(projection: fx.Node) -> Any:
 def path_of(node: fx.Node) -> str:
     """The module a node came from, or its name."""
     return node.meta.get("path") or node.name
+
+
+def without_floats(node: fx.Node) -> str:
+    """Why the weights of a layer that holds codes can't be edited."""
+    cure = " (dequantize-linear in front makes them one)" if node.target in DEQUANTIZABLE else ""
+    return f"{path_of(node)} is {op_name(node)}, whose weights are not stored as a matrix of floats{cure}"
 
 
 def common_path(a: fx.Node, b: fx.Node) -> str:

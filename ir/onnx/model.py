@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..errors import InputFileError
 from .checks import check, external_files
+from .external import external_tensor
+from .opaque import bodies_of
 
 LARGEST_PROTOBUF = 2**31  # bytes; the format's own limit
 
@@ -39,6 +41,8 @@ _DTYPES = {
     "INT4": torch.int8,  # torch has no arithmetic on nibbles: a code a byte
     "UINT4": torch.uint8,
 }
+NIBBLES = (21, 22)
+"""UINT4 and INT4 as ONNX numbers them: weights of them are read a code a byte, and only DequantizeLinear may read those."""
 _AS_BYTES = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
 
 
@@ -48,7 +52,7 @@ class OnnxFile:
 
     path: Path
     model: Any
-    """onnx_ir.Model; weights in files beside it stay there until read. Functions are inlined."""
+    """onnx_ir.Model; weights in files beside it stay there until read, the others are in memory of their own. Functions are inlined."""
     digests: dict[str, str]
     """sha256 of the file and of those its weights lie in, by name."""
     remarks: tuple[str, ...] = ()
@@ -73,15 +77,17 @@ def read_onnx(path: Path) -> OnnxFile:
         proto = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's DecodeError, also for graphs nested too deep
         raise InputFileError(f"{path} is not an ONNX model, or is damaged: it looks like {what_is(content)}") from error
-    remarks = check(path, proto, {(op.domain, op.name) for op in table.OPS})
     digests = {path.resolve().name: hashlib.sha256(content).hexdigest()}
+    del content  # as large as the weights in it
+    remarks = check(path, proto, {(op.domain, op.name) for op in table.OPS})
     folder = path.resolve().parent
     digests |= {file.relative_to(folder).as_posix(): _digest(file) for file in external_files(path, proto)}
     try:
         model = onnx_ir.from_proto(proto)
-        onnx_ir.external_data.set_base_dir(model.graph, folder)
+        _move_out(model)
     except Exception as error:
         raise InputFileError(f"{path} can't be read: {_first_line(error)}") from error
+    del proto
     if model.functions:
         from onnx_ir.passes.common import InlinePass
 
@@ -89,6 +95,7 @@ def read_onnx(path: Path) -> OnnxFile:
             InlinePass()(model)
         except Exception as error:
             raise InputFileError(f"the functions of {path} can't be inlined: {_first_line(error)}") from error
+    onnx_ir.external_data.set_base_dir(model.graph, folder)  # now that constants of functions stand in it too
     return OnnxFile(path, model, digests, tuple(dict.fromkeys(remarks)))
 
 
@@ -140,9 +147,47 @@ def torch_dtype(dtype: Any, what: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+def _move_out(model: Any) -> None:
+    """Give every tensor memory of its own, not the parsed protobuf's, which lives as long as a single one is in it."""
+    import onnx_ir
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    for value in model.graph.initializers.values():
+        if isinstance(tensor := value.const_value, onnx_ir.serde.TensorProtoTensor) and tensor.dtype.name in _DTYPES and int(tensor.dtype) not in NIBBLES:
+            value.const_value = TorchTensor(torch_tensor(tensor, f"the weight {value.name!r}"), tensor.name, tensor.doc_string)
+            value.const_value.metadata_props.update(tensor.metadata_props)
+    graphs = [model.graph, *model.functions.values()]
+    while graphs:
+        graph = graphs.pop()
+        for value in getattr(graph, "initializers", {}).values():
+            value.const_value = _moved(value.const_value)
+        for node in graph:
+            for name, attribute in list(node.attributes.items()):
+                graphs += bodies_of(attribute)
+                if not attribute.is_ref() and attribute.type == onnx_ir.AttributeType.TENSOR:
+                    node.attributes[name] = onnx_ir.AttrTensor(name, _moved(attribute.value), doc_string=attribute.doc_string)
+
+
+def _moved(tensor: Any) -> Any:
+    import onnx_ir
+
+    if not isinstance(tensor, onnx_ir.serde.TensorProtoTensor):
+        return tensor
+    own: dict[str, Any] = {"name": tensor.name, "doc_string": tensor.doc_string, "metadata_props": tensor.metadata_props}
+    if tensor.dtype.bitwidth < 8:
+        return onnx_ir.PackedTensor(np.frombuffer(tensor.tobytes(), np.uint8), tensor.dtype, shape=tensor.shape, **own)
+    return onnx_ir.Tensor(np.array(tensor.numpy()), tensor.dtype, shape=tensor.shape, **own)
+
+
 def torch_tensor(tensor: Any, what: str) -> Tensor:
-    """An onnx_ir tensor's data, in memory of its own."""
+    """An onnx_ir tensor's data: a torch tensor's own, pages of a file beside the model, or in memory of its own. May be written."""
+    import onnx_ir
+
     dtype = torch_dtype(tensor.dtype, what)
+    if isinstance(getattr(tensor, "raw", None), Tensor):
+        return tensor.raw
+    if isinstance(tensor, onnx_ir.ExternalTensor) and int(tensor.dtype) not in NIBBLES:
+        return external_tensor(tensor, dtype, what)
     try:
         array = tensor.numpy()
     except Exception as error:
@@ -152,7 +197,7 @@ def torch_tensor(tensor: Any, what: str) -> Tensor:
     if dtype in _AS_BYTES:
         array = np.ascontiguousarray(array).view(np.uint16 if dtype.itemsize == 2 else np.uint8)
         return _from_numpy(array).view(dtype)
-    if tensor.dtype.name in ("INT4", "UINT4"):
+    if int(tensor.dtype) in NIBBLES:
         array = array.astype(np.int8 if dtype == torch.int8 else np.uint8)
     return _from_numpy(array)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -125,6 +126,47 @@ def matmul_integer_to_float(
 def dynamic_quantize_matmul(a: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     codes, scale, zero = dynamic_quantize(a)
     return matmul_integer_to_float(codes, b, scale, b_scale, zero, b_zero, bias)
+
+
+def qlinear_of_two(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """onnxruntime's QLinearAdd and its like: of what codes stand for, as codes again."""
+
+    def run(a: Tensor, a_scale: Tensor, a_zero: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor, y_scale: Tensor, y_zero: Tensor | None = None) -> Tensor:
+        return quantize(function(dequantize(a, a_scale, a_zero), dequantize(b, b_scale, b_zero)), y_scale, y_zero)
+
+    return run
+
+
+def qlinear_sigmoid(x: Tensor, x_scale: Tensor, x_zero: Tensor, y_scale: Tensor, y_zero: Tensor | None = None) -> Tensor:
+    return quantize(torch.sigmoid(dequantize(x, x_scale, x_zero)), y_scale, y_zero)
+
+
+def qlinear_leaky_relu(x: Tensor, x_scale: Tensor, x_zero: Tensor, y_scale: Tensor, y_zero: Tensor | None = None, *, alpha: float = 0.01) -> Tensor:
+    return quantize(torch.nn.functional.leaky_relu(dequantize(x, x_scale, x_zero), alpha), y_scale, y_zero)
+
+
+def qgemm(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor,
+    c: Tensor | None = None,
+    y_scale: Tensor | None = None,
+    y_zero: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    transA: int = 0,
+    transB: int = 0,
+) -> Tensor:
+    """c: int32, in steps of a_scale * b_scale. Codes where y_scale is given, else floats."""
+    b_zero = b_zero if b_zero.numel() > 1 else b_zero.reshape(())
+    wide = _wide(b.t() if transB else b) - _wide(b_zero)
+    total = _exact(_centred(a.t() if transA else a, a_zero, False), wide)
+    total = total if c is None else total + c
+    scale = a_scale * b_scale * alpha
+    return total.to(scale.dtype) * scale if y_scale is None or y_zero is None else _requantize(total, scale, y_scale, y_zero)
 
 
 def matmul_nbits(

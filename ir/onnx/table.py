@@ -228,6 +228,11 @@ OPS = (
     _ort("MatMulNBits", q.matmul_nbits),
     _ort("MatMulIntegerToFloat", q.matmul_integer_to_float),
     _ort("DynamicQuantizeMatMul", q.dynamic_quantize_matmul),
+    _ort("QGemm", q.qgemm),
+    _ort("QLinearAdd", q.qlinear_of_two(torch.add)),
+    _ort("QLinearMul", q.qlinear_of_two(torch.mul)),
+    _ort("QLinearSigmoid", q.qlinear_sigmoid),
+    _ort("QLinearLeakyRelu", q.qlinear_leaky_relu),
     _ort("QuantizeLinear", q.quantize),
     _ort("DequantizeLinear", q.dequantize),
 )

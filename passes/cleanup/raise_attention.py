@@ -295,6 +295,8 @@ def _finish(graph: Graph, site: _Site, masks: _Masks, context: Context) -> None:
             source, c = _unscaled(graph, getattr(site, name))
             setattr(site, name, source)
             site.scale *= c
+    if site.scale is not None:
+        site.scale = _as_meant(site.scale, int(site.q.meta["val"].shape[-1]))
     key_mask = None
     for source in key_masks:
         key_mask = masks.key(source) if key_mask is None else op.logical_and(key_mask, masks.key(source))
@@ -312,6 +314,12 @@ def _finish(graph: Graph, site: _Site, masks: _Masks, context: Context) -> None:
         new = op.reshape(new, [-1, op.sym_size(site.q, 2) if isinstance(rows, torch.SymInt) else int(rows), int(width)])
     site.node.replace_all_uses_with(new, propagate_meta=False)
     graph.fx.erase_node(site.node)
+
+
+def _as_meant(scale: float, width: int) -> float:
+    """1/sqrt(width) where the scale is it but for float32 rounding: exporters put the root of it, rounded, on q and on k."""
+    usual = width**-0.5
+    return usual if abs(scale - usual) <= 2 * torch.finfo(torch.float32).eps * usual else scale
 
 
 def _unmerge(graph: Graph, site: _Site) -> None:

@@ -13,8 +13,8 @@ from ...ir.blocks import FFNBlock
 from ...ir.blocks.axes import kept_axis
 from ...ir.blocks.channel_constants import why_not_edited
 from ...ir.blocks.channel_tracer import ChannelTracer
-from ...ir.blocks.vocabulary import LAYOUT, MOVES, expert_weight, input_axis, is_grouped_product, is_pointwise, path_of, reads
-from ...ir.evaluate import is_size, op_name
+from ...ir.blocks.vocabulary import LAYOUT, MOVES, expert_weight, input_axis, is_grouped_product, is_pointwise, path_of, reads, without_floats
+from ...ir.evaluate import is_size
 from ...ir.graph import Graph
 from ...ir.nodes import argument, is_looked_through, same_shape, schema, set_argument
 
@@ -163,7 +163,7 @@ def _why_not_stored(call: fx.Node) -> str | None:
         return why_not_edited(call.args[1], call)
     if input_axis(call) == 1:
         return "its projections are 1x1 convolutions"
-    return f"{path_of(call)} is {op_name(call)}, whose weights are not stored as a matrix of floats"
+    return without_floats(call)
 
 
 def weight_name(call: fx.Node) -> str:

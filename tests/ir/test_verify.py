@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rewright.ir.capture import capture
 from rewright.ir.errors import PromiseBroken
 from rewright.ir.graph import Graph
-from rewright.ir.verify import Drift, check_structure, compare, drift, example_inputs, first_divergence, tolerance
+from rewright.ir.verify import Drift, check_structure, compare, drift, example_inputs, first_divergence, local_error, tolerance
 
 aten = torch.ops.aten
 NAN, INF = math.nan, math.inf
@@ -209,3 +209,39 @@ def test_the_first_wrong_value_is_named_with_its_layer(graph: Graph) -> None:
     found = first_divergence(graph, edited, flat, 1e-6)
     assert found is not None
     assert found[:2] == ("linear_1", "second")
+
+
+class Quantized(nn.Module):
+    """An activation between layers, the second in 8 bits: spelt out, with some rounding error, as torch has it, or by tanh."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.how, self.up = how, nn.Linear(32, 64)
+        self.up.weight.data = torch.randn(64, 32, generator=generator)
+        self.register_buffer("w", torch.randint(-127, 128, (16, 64), generator=generator, dtype=torch.int8))
+        self.register_buffer("scale", torch.full((16,), 0.01))
+        self.register_buffer("step", torch.tensor(0.1))
+        self.register_buffer("zero", torch.tensor(2, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        gelu = nn.functional.gelu(x, approximate="tanh" if self.how == "tanh" else "none")
+        x = x * 0.500001 * (1 + torch.erf(x / math.sqrt(2.0))) if self.how == "parts" else gelu
+        return torch.ops.rewright.linear_int8_static(x, self.step, self.zero, self.w, self.scale, None)
+
+
+def test_what_a_rounding_layer_reads_is_compared_before_it_is_rounded() -> None:
+    x = torch.randn(20_000, 32, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    bias = torch.randn(64)
+    graphs = []
+    for how in ("parts", "gelu", "tanh"):
+        model = Quantized(how).eval()
+        model.up.bias.data = bias
+        graphs.append(capture(model, (x,)))
+    parts, gelu, tanh = graphs
+    step = float(drift(parts.run((x,)), gelu.run((x,))).relative_error)
+    assert step > 1e-4, "some codes are others"
+    assert local_error(parts, gelu, (x,)) < 3e-6
+    assert local_error(parts, tanh, (x,)) > 1e-5, "another function is found out"

@@ -15,6 +15,9 @@ from rewright.passes.recipe import Recipe, make_pass, shipped
 FULL = """
 target = "h200"
 ignore = ["lm_head", "embed"]
+[sizes]
+sequence = 128
+"batch.1" = 2
 [verify]
 min_cosine = 0.99
 max_drift = 0.5
@@ -32,6 +35,7 @@ def test_a_recipe_becomes_passes_with_checked_options() -> None:
     assert recipe.passes == (find_pass("fuse-add-layer-norm")(), QuantizeLinear(min_weights=1024))
     assert (recipe.target, recipe.ignore) == ("h200", ("lm_head", "embed"))
     assert recipe.budget == Budget(min_cosine=0.99, max_drift=0.5)
+    assert recipe.sizes == {"sequence": 128, "batch.1": 2}
     assert recipe.require_match == {"quantize-linear"}
 
 
@@ -45,8 +49,9 @@ def test_the_resolved_recipe_is_accepted_back_and_says_everything(tmp_path: Path
     path = tmp_path / "recipe.resolved.toml"
     path.write_text(recipe.to_toml(), encoding="utf8")
     back = Recipe.load(path)
-    assert (back.passes, back.target, back.ignore, back.budget, back.require_match) == (
+    assert (back.passes, back.sizes, back.target, back.ignore, back.budget, back.require_match) == (
         recipe.passes,
+        recipe.sizes,
         recipe.target,
         recipe.ignore,
         recipe.budget,
@@ -86,6 +91,7 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for(name: str) -> None:
         ("[pass]\nname = 1", r"passes are written as \[\[pass\]\] tables"),
         ("pass = 1", r"passes are written as \[\[pass\]\] tables"),
         ("verify = 1", "must be a table, got 1"),
+        ("[sizes]\nsequence = 0", "text: sizes.sequence: input should be greater than 0, got 0"),
         ("target = 1", r"text: target: input should be a valid string, got 1"),
         ('ignore = "lm_head"', "text: ignore: input should be a valid tuple, got 'lm_head'"),
         ("[verify]\nmin_cosine = 'high'", "text: verify.min_cosine: input should be a valid number.*got 'high'"),

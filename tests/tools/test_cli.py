@@ -52,6 +52,16 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     return int(done.value.code or 0), out, err
 
 
+def test_a_dim_can_be_fixed_and_passes_go_in_front_of_a_recipe(capsys, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('[[pass]]\nname = "quantize-linear"\nmin_weights = 100\n')
+    given = ["-r", "mine.toml", "-p", "group-ffn", "--size", "batch=4", "-o", "out"]
+    code, out, _ = run(capsys, "optimize", "py:my_models:small", *given, "--json")
+    assert code == 0 and [p["name"] for p in json.loads(out)["passes"] if not p["canonical"]] == ["group-ffn", "quantize-linear"]
+    assert '[sizes]\n"batch" = 4\n' in (tmp_path / "out" / "recipe.resolved.toml").read_text()
+    code, out, _ = run(capsys, "inspect", "out", "--json")
+    assert json.loads(out)["inputs"] == ["x: f32[4, 64]"]
+
+
 def test_optimize_writes_onnx_and_reports_every_pass(capsys, tmp_path: Path) -> None:
     code, out, _ = run(capsys, "optimize", "py:my_models:small", "-p", "quantize-linear:min_weights=100", "-o", "m.onnx", "--json")
     found = json.loads(out)
@@ -118,7 +128,9 @@ def test_a_model_that_cannot_be_captured_shows_the_users_own_line(capsys) -> Non
         (["optimize", "py:my_models:small", "-p", "group-fnn"], 2, "Did you mean 'group-ffn'"),
         (["optimize", "py:my_models:small", "-p", "group-ffn:group=2"], 2, "no option 'group'. Did you mean 'groups'"),
         (["optimize", "py:my_models:small", "-p", "group-ffn:groups=many"], 2, "groups: input should be a valid integer"),
-        (["optimize", "py:my_models:small"], 2, "either a recipe"),
+        (["optimize", "py:my_models:small"], 2, "give a recipe (-r NAME"),
+        (["optimize", "py:my_models:small", "-p", "group-ffn", "--size", "batch"], 2, "--size 'batch' is not DIM=SIZE"),
+        (["optimize", "py:my_models:small", "-p", "group-ffn", "--size", "batsh=4"], 2, "Did you mean 'batch'"),
         (["optimize", "py:my_models:small", "-p", "group-ffn", "-o", "x.txt"], 2, "end it in .onnx or .pt2"),
         (["optimize", "py:my_models:small", "-p", "group-ffn", "--target", "h2000"], 2, "Did you mean 'h200'"),
         (["optimize", "py:my_models:nothing", "-p", "group-ffn"], 2, "has no 'nothing'"),

@@ -280,3 +280,14 @@ def test_bfloat16_products_recover_too_and_the_weights_stay_float32() -> None:
     teacher = classifier()
     found = run(narrowed(teacher), teacher, precision="bf16")
     assert found.drift_back() > 0.3 and {p.dtype for p in found.graph.module.parameters()} == {torch.float32}
+
+
+def test_a_student_of_fixed_sizes_learns_from_an_original_of_any() -> None:
+    def text(seed: int, length: int) -> dict[str, Tensor]:
+        made = torch.randint(0, 100, (4, length), generator=torch.Generator().manual_seed(seed))
+        return {"input_ids": made, "attention_mask": torch.ones_like(made)}
+
+    batches = [text(seed, 5 + seed % 3) for seed in range(4)]
+    student = rw.optimize(encoder(), example(), recipe=[rw.passes.LowRank(rank=8)], calibration=batches, sizes={"sequence": 9}, verify=False)
+    found = finetune(student, rw.capture(encoder(), (), example()), batches=batches, steps=3, judgings=1)
+    assert list(found.result.graph.dims) == ["batch"] and len(found.trained.curve) == 2
