@@ -106,7 +106,23 @@ def quick_gelu(x: Expression) -> Expression:
     return x * sigmoid(const(1.702, x) * x)
 
 
+def hard_sigmoid(x: Expression) -> Expression:
+    """clip((x + 3) / 6, 0, 1) (Howard et al. 2019)."""
+    return tirx.min(tirx.max(x + const(3.0, x), const(0.0, x)), const(6.0, x)) * const(1 / 6, x)
+
+
+def hard_swish(x: Expression) -> Expression:
+    """x hard_sigmoid(x)."""
+    return x * hard_sigmoid(x)
+
+
+def relu6(x: Expression) -> Expression:
+    """clip(x, 0, 6)."""
+    return tirx.min(relu(x), const(6.0, x))
+
+
 ACTIVATIONS: dict[str, Callable[[Expression], Expression]] = {
     "gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu, "relu": relu, "tanh": tanh, "sigmoid": sigmoid, "quick_gelu": quick_gelu,
+    "hard_sigmoid": hard_sigmoid, "hard_swish": hard_swish, "relu6": relu6,
 }  # fmt: skip
 """What a matrix product can have in its epilogue."""

@@ -19,10 +19,11 @@ from ...ir.formats import unpack
 from ...ir.graph import Graph
 from ...ir.nodes import arguments, same_shape
 from ...ir.ops.linear_nbits import group_values
-from . import elementwise
+from . import elementwise, images
 from .compat import relax, te, tvm
-from .converters import CONVERTERS, SPLITS, UNLESS, count_of, is_one
+from .converters import CONVERTERS, SPLITS, UNLESS, count_of
 from .gemm import Plan, Product, lanes_of, pack, pack_channels, pack_codes
+from .images import CONVOLUTIONS, NORMS, is_one, last_of
 from .nbits import Grouped, pack_groups
 from .rows import Sink, quantize
 
@@ -44,6 +45,9 @@ ACTIVATIONS = {
     aten.tanh.default: "tanh",
     aten.sigmoid.default: "sigmoid",
     ours.quick_gelu.default: "quick_gelu",
+    aten.hardsigmoid.default: "hard_sigmoid",
+    aten.hardswish.default: "hard_swish",
+    aten.relu6.default: "relu6",
 }
 
 KERNELS = {
@@ -88,6 +92,10 @@ class Fused:
     end: fx.Node
     activation: str | None = None
     residual: fx.Node | None = None
+    after: str | None = None
+    """An activation behind the addition."""
+    norm: fx.Node | None = None
+    """A batch norm before all of these, part of a convolution's weights."""
 
 
 def why_not(node: fx.Node) -> str | None:
@@ -116,6 +124,8 @@ class Converter:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     flat: dict[fx.Node, Any] = field(default_factory=dict)
     """The same values as [rows, channels], as our kernels make them; only who wants another shape pays for it."""
+    last: dict[fx.Node, Any] = field(default_factory=dict)
+    """Values with their channels last, [n, *space, channels], as kernels of images make them, likewise."""
     codes: dict[tuple[fx.Node, Read], tuple[Any, ...]] = field(default_factory=dict)
     kernels: dict[str, Any] = field(default_factory=dict)
     names: dict[Any, str] = field(default_factory=dict)
@@ -159,23 +169,22 @@ class Converter:
         """The value of a node in its own shape, computed here if it was not."""
         self.compute(node)
         if node not in self.values:
-            self.values[node] = self.reshaped(self.flat[node], node.meta["val"].shape)
+            self.values[node] = images.channels_first(self, node) if node in self.last else self.reshaped(self.flat[node], node.meta["val"].shape)
         return self.values[node]
 
     def compute(self, node: fx.Node) -> None:
-        """Emit what gives a node's value, its rows or its codes, unless that was done."""
-        if node in self.values or node in self.flat or node in self.done:
+        """Emit what gives a node's value, in one form or another, unless that was done."""
+        if node in self.values or node in self.flat or node in self.last or node in self.done:
             return
         self.done.add(node)
         if self.graph.is_weight(node):
             found = self.weight(node.target, lambda: self.graph.weight(node))
         elif (fused := self.fused.get(node)) is not None:
-            found = self._product(fused)
+            found = images.convolution(self, fused) if fused.product.target in CONVOLUTIONS else self._product(fused)
         elif getattr(node.target, "__name__", "") == "getitem":
             found = self._part(node)
         elif node.target in VIEWS:
-            source = node.args[0]
-            found = self.reshaped(self.value(source), node.meta["val"].shape)  # type: ignore[arg-type]
+            found = self._view(node, node.args[0])  # type: ignore[arg-type]
         elif self.why_not(node) is not None:
             found = self._in_torch(node)
         elif node.target in CONVERTERS:
@@ -184,6 +193,15 @@ class Converter:
             found = self._elementwise(node)
         if found is not None:
             self.values[node] = found
+
+    def _view(self, node: fx.Node, source: fx.Node) -> Any:
+        """Channels stay last where a view keeps them an axis."""
+        self.compute(source)
+        shape, before = node.meta["val"].shape, source.meta["val"].shape
+        if source in self.last and len(shape) > 2 and same_shape(shape[:2], before[:2]):
+            self.last[node] = self.last[source] if same_shape(shape, before) else self.reshaped(self.last[source], last_of(shape))
+            return None
+        return self.reshaped(self.value(source), shape)
 
     def _part(self, node: fx.Node) -> Any:
         source, index = node.args
@@ -204,7 +222,7 @@ class Converter:
         """Why a node has no converter here, or None."""
         if node.target in KERNELS and any(v.dtype is torch.float64 for v in tensors(node.meta["val"])):
             return f"{_name(node.target)} of float64"
-        if node.target in (*PRODUCTS, aten.batch_norm.default):
+        if node.target in PRODUCTS or node.target in NORMS:
             given = {name: a for name, a in arguments(node).items() if isinstance(a, fx.Node) and name not in ("x", "input")}
             if computed := [name for name, a in given.items() if not self.graph.is_weight(a)]:
                 return f"{_name(node.target)} whose {', '.join(computed)} is computed"
@@ -325,24 +343,39 @@ class Converter:
         """Which activation and which addition behind every product become part of it."""
         order = {n: i for i, n in enumerate(self.graph.nodes)}
         for node in self.graph.nodes:
-            if node.target not in PRODUCTS or self.why_not(node) is not None:
+            if not self._takes_in(node):
                 continue
-            found = Fused(node, node)
-            user = _only_user(found.end)
+            found, passed = Fused(node, node), [node]
+            user = _only_user(node)
+            if node.target in CONVOLUTIONS and user is not None and self.why_not(user) is None and (result := images.normalised(user)) is not None:
+                found.norm = user
+                passed.extend(dict.fromkeys([user, result]))
+                user = _only_user(result)
             if user is not None and (activation := _activation(user)) is not None:
-                found.activation, found.end = activation, user
+                found.activation = activation
+                passed.append(user)
                 user = _only_user(user)
-            if user is not None and user not in self.fused and user.target is aten.add.Tensor and arguments(user)["alpha"] == 1:
-                others = [a for a in user.args[:2] if a is not found.end]
+            if user is not None and user not in self.fused and user.target is aten.add.Tensor and arguments(user)["alpha"] == 1 and not _by_channel(node):
+                others = [a for a in user.args[:2] if a is not passed[-1]]
                 # another product of the same sum has its own kernel: the later one takes the addition in
-                if len(others) == 1 and isinstance(other := others[0], fx.Node) and _same(other, found.end) and not self._later(other, found.end, order):
-                    found.residual, found.end = other, user
-            self.fused[node] = self.fused[found.end] = found
-            if found.activation is not None and found.residual is not None:
-                self.fused[next(iter(node.users))] = found
+                if len(others) == 1 and isinstance(other := others[0], fx.Node) and _same(other, passed[-1]) and not self._later(other, passed[-1], order):
+                    found.residual = other
+                    passed.append(user)
+                    user = _only_user(user)
+                    if user is not None and (activation := _activation(user)) is not None:
+                        found.after = activation
+                        passed.append(user)
+            found.end = passed[-1]
+            self.fused.update(dict.fromkeys(passed, found))
+
+    def _takes_in(self, node: fx.Node) -> bool:
+        """Whether a node is a product with an epilogue."""
+        if node.target in CONVOLUTIONS:
+            return self.why_not(node) is None and images.by_kernel(self, node)
+        return node.target in PRODUCTS and self.why_not(node) is None
 
     def _later(self, other: fx.Node, this: fx.Node, order: dict[fx.Node, int]) -> bool:
-        return other.target in PRODUCTS and order.get(other, -1) > order[this]
+        return (other.target in PRODUCTS or other.target in CONVOLUTIONS) and order.get(other, -1) > order[this]
 
     def _product(self, fused: Fused) -> None:
         """Emit a product: its rows at `end`, or codes if only quantized products read it."""
@@ -377,7 +410,7 @@ class Converter:
             given.append(self.rows(fused.residual))
         sink = read.sink if read else None
         facts = int(width), int(out), quantized, bias is not None, fused.activation, fused.residual is not None, stepped, sink
-        what = Grouped(*facts, a["group_size"]) if grouped else Product(*facts)
+        what = Grouped(*facts, fused.after, a["group_size"]) if grouped else Product(*facts, fused.after)
         self.emit("linear", (what, plan), lambda name: what.build(plan, name), given, [] if read else [fused.end], fused.end, read)
 
     def _groups(self, node: fx.Node, a: dict[str, Any], plan: Plan) -> list[Any]:
@@ -433,17 +466,27 @@ class Converter:
             else:
                 given.append(self.size(operand) if isinstance(operand, fx.Node | torch.SymInt) else _Scalar(operand))
 
+        for t in tensors_:
+            self.compute(t)
+        last = any(t in self.last and same_shape(t.meta["val"].shape, shape) for t in tensors_)
+        ordered = [last and same_shape(t.meta["val"].shape, shape) for t in tensors_]
+
         def compute(*buffers: Any) -> Any:
+            def value(which: int, i: Sequence[Any]) -> Any:
+                index = self.broadcast(i, tensors_[which].meta["val"].shape, shape)
+                return buffers[which](*(last_of(index) if ordered[which] else index))
+
             def point(*i: Any) -> Any:
-                values = [
-                    buffers[g](*self.broadcast(i, tensors_[g].meta["val"].shape, shape)) if isinstance(g, int) else g.value if isinstance(g, _Scalar) else g
-                    for g in given
-                ]
-                return function(*values)
+                i = (i[0], i[-1], *i[1:-1]) if last else i
+                return function(*(value(g, i) if isinstance(g, int) else g.value if isinstance(g, _Scalar) else g for g in given))
 
             return point
 
-        return self.te(shape, compute, *(self.value(t) for t in tensors_))
+        values = (images.in_order(self, t) if o else self.value(t) for t, o in zip(tensors_, ordered))
+        if not last:
+            return self.te(shape, compute, *values)
+        self.last[node] = self.te(last_of(shape), compute, *values)
+        return None
 
     def broadcast(self, index: Sequence[Any], shape: Sequence[Any], out: Sequence[Any]) -> list[Any]:
         """The index into an operand of this shape at an index of the result."""
@@ -485,6 +528,11 @@ def _name(target: Any) -> str:
 def _only_user(node: fx.Node) -> fx.Node | None:
     users = list(node.users)
     return users[0] if len(users) == 1 and list(users[0].all_input_nodes).count(node) == 1 else None
+
+
+def _by_channel(node: fx.Node) -> bool:
+    """Whether a product is a depthwise convolution, whose kernel adds nothing."""
+    return node.target in CONVOLUTIONS and images.depthwise(arguments(node))
 
 
 def _activation(node: fx.Node) -> str | None:

@@ -1,4 +1,4 @@
-"""One function an op: what a node becomes. Products, views and pointwise ops are the converter's own (convert.py, elementwise.py)."""
+"""One function an op: what a node becomes. Products, views and pointwise ops are the converter's own (convert.py, elementwise.py); images.py has its own."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ...ir.nodes import arguments
-from . import elementwise
+from ...ir.nodes import arguments, same_shape
+from . import elementwise, images
 from .attention import Attention
+from .batched import Batched
 from .compat import te, tvm
-from .gemm import Plan, Product, pack, pack_channels
+from .gemm import Plan
+from .images import is_one, last_of
 from .rows import Norm
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ DTYPES = elementwise.TYPES
 
 Convert = Callable[["Converter", fx.Node, dict[str, Any]], Any]
 
-CONVERTERS: dict[Any, Convert] = {}
+CONVERTERS: dict[Any, Convert] = dict(images.CONVERTS)
 """Op -> function of (converter, node, its arguments by name) that gives its value: a Relax variable, or a tuple of them."""
 
 SPLITS = {aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.unbind.int}
@@ -47,10 +49,6 @@ def converts(*targets: Any) -> Callable[[Convert], Convert]:
 def count_of(shape: Sequence[Any]) -> Any:
     """How many rows a shape has."""
     return math.prod(shape[:-1]) if len(shape) > 1 else 1
-
-
-def is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
 
 
 # -- norms and attention -------------------------------------------------------------------------------------------------
@@ -168,6 +166,12 @@ def _permute(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
     elif rank > 1:
         i, j = (a["dim0"] % rank, a["dim1"] % rank) if "dim0" in a else (0, 1)
         order[i], order[j] = order[j], order[i]
+    c.compute(a["self"])
+    if rank > 2 and order == [0, *range(2, rank), 1] and a["self"] in c.last:
+        return c.last[a["self"]]
+    if rank > 2 and order == [0, rank - 1, *range(1, rank - 1)]:
+        c.last[node] = c.value(a["self"])
+        return None
     back = [order.index(i) for i in range(rank)]
     return c.te(node.meta["val"].shape, lambda x: lambda *i: x(*(i[b] for b in back)), c.value(a["self"]))
 
@@ -181,9 +185,13 @@ def _expand(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
 @converts(aten.cat.default)
 def _cat(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
     parts = [t for t in a["tensors"] if t.meta["val"].dim() == len(node.meta["val"].shape)]
-    axis = a["dim"] % len(node.meta["val"].shape)
+    shape = node.meta["val"].shape
+    axis, dtype = a["dim"] % len(shape), DTYPES[node.meta["val"].dtype]
     sizes = [c.size(t.meta["val"].shape[axis]) for t in parts]
-    dtype = DTYPES[node.meta["val"].dtype]
+    for t in parts:
+        c.compute(t)
+    last = all(t in c.last for t in parts)
+    axis = last_of(range(len(shape))).index(axis) if last else axis
 
     ends = [functools.reduce(lambda p, q: p + q, sizes[: n + 1]) for n in range(len(sizes))]
 
@@ -197,7 +205,10 @@ def _cat(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
 
         return point
 
-    return c.te(node.meta["val"].shape, compute, *(c.value(t) for t in parts))
+    if not last:
+        return c.te(shape, compute, *(c.value(t) for t in parts))
+    c.last[node] = c.te(last_of(shape), compute, *(c.last[t] for t in parts))
+    return None
 
 
 @converts(aten.gather.default)
@@ -263,8 +274,11 @@ def _sum(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
 @converts(aten.mean.default, aten.mean.dim)
 def _mean(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
     dtype, shape, out = DTYPES[node.meta["val"].dtype], a["self"].meta["val"].shape, node.meta["val"].shape
-    total = _reduction(c, node, a, 0, lambda x, y: x + y, lambda x: elementwise.constant(x, dtype))
     axes = _axes(a, shape)
+    c.compute(a["self"])
+    if len(shape) == 4 and axes == [2, 3] and a["self"] in c.last and isinstance(shape[1], int) and dtype == "float32":
+        return images.mean_of_image(c, node, a["self"])
+    total = _reduction(c, node, a, 0, lambda x, y: x + y, lambda x: elementwise.constant(x, dtype))
 
     def compute(total: Any, x: Any) -> Any:  # x for its sizes
         count = functools.reduce(lambda p, q: p * q, (x.shape[d] for d in axes))
@@ -320,12 +334,53 @@ def _softmax(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
     return c.te(shape, lambda p, t: lambda *i: p(*i) / t(*i[:axis], *i[axis + 1 :]), powers, total)
 
 
+def _batched(c: Converter, x: fx.Node, y: fx.Node, out: Sequence[Any]) -> Any:
+    """By its kernel, whose operands have one batch axis each: that of the result, or 1."""
+    left, right = x.meta["val"].shape, y.meta["val"].shape
+    if len(right) == 2:  # rows of all batches are rows of one product
+        (m, batch), shared = (count_of(left), 1), (False, False)
+    else:
+        m, batch = left[-2], math.prod(out[:-2])
+        shared = all(map(is_one, left[:-2])) and not is_one(batch), all(map(is_one, right[:-2])) and not is_one(batch)
+    given = []
+    for operand, sizes, one in ((x, (m, left[-1]), shared[0]), (y, (left[-1], out[-1]), shared[1])):
+        value, shape = c.value(operand), operand.meta["val"].shape
+        if len(right) > 2 and not one and not same_shape(shape[:-2], out[:-2]):
+            wide = (*out[:-2], *shape[-2:])
+            value = c.te(wide, lambda t, shape=shape, wide=wide: lambda *i: t(*c.broadcast(i, shape, wide)), value)
+        given.append(c.reshaped(value, (1 if one else batch, *sizes)))
+    plan = Plan.of(c.features, int(out[-1]) if isinstance(out[-1], int) else 0)
+    what = Batched(*shared)
+    found = c.kernel("matmul", (what, plan), lambda name: what.build(plan, name), given, [c.type((batch, m, out[-1]), "float32")])
+    return c.reshaped(found, out)
+
+
 @converts(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def _matmul(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Of two activations; with a constant it is a product by then. One value at a time: slow."""
+    """Of two activations; with a constant it is a product by then."""
     x, y = list(a.values())[:2]
-    left, right, out = x.meta["val"].shape, y.meta["val"].shape, node.meta["val"].shape
+    return _product(c, x, y, node.meta["val"].shape)
+
+
+@converts(aten.addmm.default, aten.baddbmm.default)
+def _added_product(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
+    """beta * added + alpha * x y."""
+    added, x, y = list(a.values())[:3]
+    shape, dtype = node.meta["val"].shape, DTYPES[node.meta["val"].dtype]
+    alpha, beta = (elementwise.constant(a[n], dtype) for n in ("alpha", "beta"))
+
+    def compute(product: Any, other: Any) -> Any:
+        return lambda *i: product(*i) * alpha + other(*c.broadcast(i, added.meta["val"].shape, shape)) * beta
+
+    return c.te(shape, compute, _product(c, x, y, shape), c.value(added))
+
+
+def _product(c: Converter, x: fx.Node, y: fx.Node, out: Sequence[Any]) -> Any:
+    """x y; of vectors, and of another type than float32, one value at a time: slow."""
+    left, right = x.meta["val"].shape, y.meta["val"].shape
     vector, row = len(left) == 1, len(right) == 1
+    if not vector and not row and x.meta["val"].dtype is torch.float32:
+        return _batched(c, x, y, out)
 
     def compute(p: Any, q: Any) -> Any:
         k = te.reduce_axis((0, p.shape[-1]))
@@ -343,80 +398,13 @@ def _matmul(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
     return c.te(out, compute, c.value(x), c.value(y))
 
 
-@converts(aten.conv2d.default, aten.conv1d.default)
-def _convolution(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
-    """As a product over patches, with channels last, where there is one group; else one value at a time."""
-    x, w, b = a["input"], a["weight"], a["bias"]
-    shape, kernel, out = x.meta["val"].shape, w.meta["val"].shape, node.meta["val"].shape
-    spatial = len(shape) - 2
-    stride, padding, dilation = (_each(a[n], spatial) for n in ("stride", "padding", "dilation"))
-    inside = [int(k) for k in kernel[2:]]
-    groups, share = a["groups"], int(kernel[1])
-
-    def source(buffer: Any, batch: Any, channel: Any, at: Sequence[Any], offset: Sequence[Any]) -> Any:
-        spots = [i * s + o * d - p for i, s, o, d, p in zip(at, stride, offset, dilation, padding)]
-        if not any(padding):
-            return buffer(batch, channel, *spots)
-        limits = [tirx.all(s >= 0, s < c.size(n)) for s, n in zip(spots, shape[2:])]
-        return tirx.if_then_else(tirx.all(*limits), buffer(batch, channel, *spots), elementwise.constant(0, "float32"))
-
-    if groups == 1 and c.graph.is_weight(w) and (b is None or c.graph.is_weight(b)):
-        width = share * math.prod(inside)
-
-        def patches(buffer: Any) -> Any:
-            def point(row: Any, k: Any) -> Any:
-                at, offset = [], []
-                for size in reversed(out[2:]):
-                    at.insert(0, tirx.floormod(row, c.size(size)))
-                    row = tirx.floordiv(row, c.size(size))
-                for size in reversed(inside):
-                    offset.insert(0, tirx.floormod(k, size))
-                    k = tirx.floordiv(k, size)
-                return source(buffer, row, k, at, offset)
-
-            return point
-
-        rows = out[0] * math.prod(out[2:])
-        plan = Plan.of(c.features, int(out[1]))
-        given = [c.te((rows, width), patches, c.value(x)), c.weight((w, plan), lambda: pack(c.graph.weight(w).flatten(1), plan))]
-        if b is not None:
-            given.append(c.weight((b, "bias", plan), lambda: pack_channels(c.graph.weight(b), plan)))
-        what = Product(width, int(out[1]), bias=b is not None)
-        last = c.kernel("linear", (what, plan), lambda name: what.build(plan, name), given, [c.type((rows, out[1]), "float32")])
-
-        def channels_first(y: Any) -> Any:
-            def point(n: Any, channel: Any, *at: Any) -> Any:
-                return y(functools.reduce(lambda row, pair: row * c.size(pair[0]) + pair[1], zip(out[2:], at), n), channel)
-
-            return point
-
-        return c.te(out, channels_first, last)
-
-    def compute(buffer: Any, weight: Any, *bias: Any) -> Any:
-        channel, offset = te.reduce_axis((0, share)), [te.reduce_axis((0, k)) for k in inside]
-        per = int(out[1]) // groups
-
-        def point(n: Any, o: Any, *at: Any) -> Any:
-            from_ = tirx.floordiv(o, per) * share + channel
-            return te.sum(source(buffer, n, from_, at, offset) * weight(o, channel, *offset), axis=[channel, *offset])
-
-        return point
-
-    found = c.te(out, compute, c.value(x), c.value(w))
-    return found if b is None else c.te(out, lambda y, v: lambda *i: y(*i) + v(i[1]), found, c.value(b))
-
-
-def _each(value: Any, count: int) -> list[int]:
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    return [int(v) for v in (values * count if len(values) == 1 else values)]
-
-
-@converts(aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+@converts(*images.NORMS)
 def _batch_norm(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
-    mean, variance = (c.graph.weight(a[n]).double() for n in ("running_mean", "running_var"))
-    scale = (variance + a["eps"]).rsqrt() * (1 if a["weight"] is None else c.graph.weight(a["weight"]).double())
-    shift = (0 if a["bias"] is None else c.graph.weight(a["bias"]).double()) - mean * scale
-    given = [c.weight((node, n), lambda t=t: t.float()) for n, t in (("scale", scale), ("shift", shift))]
+    given = [c.weight((node, n), lambda t=t: t.float()) for n, t in zip(("scale", "shift"), images.scale_and_shift(c, a))]
+    c.compute(a["input"])
+    if a["input"] in c.last and node.target is aten.batch_norm.default:
+        c.last[node] = c.te(last_of(a["input"].meta["val"].shape), lambda x, s, t: lambda *i: x(*i) * s(i[-1]) + t(i[-1]), c.last[a["input"]], *given)
+        return None
     found = c.te(a["input"].meta["val"].shape, lambda x, s, t: lambda *i: x(*i) * s(i[1]) + t(i[1]), c.value(a["input"]), *given)
     return found if node.target is aten.batch_norm.default else [found]
 
@@ -537,47 +525,6 @@ def _flip(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
     return c.te(shape, lambda x: lambda *i: x(*(c.size(n) - 1 - j if d in turned else j for d, (j, n) in enumerate(zip(i, shape)))), c.value(a["self"]))
 
 
-@converts(aten.adaptive_avg_pool2d.default, aten.max_pool2d.default, aten.avg_pool2d.default)
-def _pool(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
-    shape, out, largest = a["self"].meta["val"].shape, node.meta["val"].shape, node.target is aten.max_pool2d.default
-    if node.target is aten.adaptive_avg_pool2d.default and all(map(is_one, out[-2:])):
-        return _mean(c, node, {**a, "dim": [-2, -1], "keepdim": True})
-    if node.target is aten.adaptive_avg_pool2d.default:
-        size = stride = [int(n) // int(o) for n, o in zip(shape[-2:], out[-2:])]
-        padding, dilation = [0, 0], [1, 1]
-    else:
-        size = _each(a["kernel_size"], 2)
-        stride, padding = _each(a["stride"], 2) if a["stride"] else size, _each(a["padding"], 2)
-        dilation = _each(a["dilation"], 2) if largest else [1, 1]
-    start = -math.inf if largest else 0.0
-    reducer = te.comm_reducer((lambda x, y: tirx.max(x, y)) if largest else (lambda x, y: x + y), lambda dtype: elementwise.constant(start, str(dtype)))
-
-    def compute(x: Any) -> Any:
-        over = [te.reduce_axis((0, k)) for k in size]
-
-        def point(*i: Any) -> Any:
-            spots = [j * s + k * d - p for j, s, k, d, p in zip(i[-2:], stride, over, dilation, padding)]
-            limits = [tirx.all(s >= 0, s < c.size(n)) for s, n in zip(spots, shape[-2:])]
-            value = x(*i[:-2], *spots)
-            return reducer(tirx.if_then_else(tirx.all(*limits), value, elementwise.constant(start, "float32")) if any(padding) else value, axis=over)
-
-        return point
-
-    found = c.te(out, compute, c.value(a["self"]))
-    return found if largest else c.te(out, lambda y: lambda *i: y(*i) * elementwise.constant(1 / math.prod(size), "float32"), found)
-
-
-def pool_why_not(node: fx.Node) -> str | None:
-    """Pools whose windows differ from place to place are not known."""
-    a, shape = arguments(node), node.args[0].meta["val"].shape[-2:]  # type: ignore[union-attr]
-    if node.target is aten.adaptive_avg_pool2d.default:
-        out = node.meta["val"].shape[-2:]
-        return None if all(is_one(o) or isinstance(n, int) and n % o == 0 for n, o in zip(shape, out)) else "its windows differ"
-    if a.get("ceil_mode") or node.target is aten.avg_pool2d.default and (a["divisor_override"] or any(_each(a["padding"], 2))):
-        return "its windows differ"
-    return None
-
-
 @converts(aten.index.Tensor)
 def _index(c: Converter, node: fx.Node, a: dict[str, Any]) -> Any:
     """By one tensor of integers along one axis; negative ones count from the end."""
@@ -606,9 +553,7 @@ def index_why_not(node: fx.Node) -> str | None:
 
 
 UNLESS: dict[Any, Callable[[fx.Node], str | None]] = {
-    aten.adaptive_avg_pool2d.default: pool_why_not,
-    aten.max_pool2d.default: pool_why_not,
-    aten.avg_pool2d.default: pool_why_not,
+    **images.UNLESS,
     aten.index.Tensor: index_why_not,
 }
 """Converters that do not take every call of their op."""

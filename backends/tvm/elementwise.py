@@ -64,12 +64,6 @@ def _power(x: Any, y: Any) -> Any:
     )
 
 
-def _hard(x: Any) -> Any:
-    """clip((x + 3) / 6, 0, 1)."""
-    zero, three, six = (constant(n, arithmetic.dtype_of(x)) for n in (0, 3, 6))
-    return tirx.min(tirx.max(x + three, zero), six) / six
-
-
 exp = _accurate(arithmetic.exp, tirx.exp)
 
 UNARY: dict[Any, Point] = {
@@ -89,9 +83,9 @@ UNARY: dict[Any, Point] = {
     ours.quick_gelu.default: arithmetic.quick_gelu,
     aten.sign.default: _sign,
     aten.log1p.default: tirx.log1p,
-    aten.hardsigmoid.default: _hard,
-    aten.hardswish.default: lambda x: x * _hard(x),
-    aten.relu6.default: lambda x: tirx.min(tirx.max(x, constant(0, arithmetic.dtype_of(x))), constant(6, arithmetic.dtype_of(x))),
+    aten.hardsigmoid.default: arithmetic.hard_sigmoid,
+    aten.hardswish.default: arithmetic.hard_swish,
+    aten.relu6.default: arithmetic.relu6,
     aten.trunc.default: tirx.trunc,
     aten.floor.default: tirx.floor,
     aten.ceil.default: tirx.ceil,

@@ -1,4 +1,4 @@
-"""y = act(x W^T + b) + r as one kernel: register tiles over packed weights, any number of rows, the epilogue in the tile.
+"""y = act(act(x W^T + b) + r) as one kernel: register tiles over packed weights, any number of rows, the epilogue in the tile.
 
 Weights are packed once at compile time into panels of `Plan.columns` output channels, [panels, in, columns] (and for int8
 [panels, in / 4, columns, 4], the operand of VPDPBUSD), so that the inner loop reads them in order. The rows of x are walked in tiles; the
@@ -90,6 +90,8 @@ class Product:
     """Codes of x have a step a row; else one for all, which is part of `scale`."""
     sink: Sink | None = None
     """The result is quantized again: what the next product reads."""
+    after: str | None = None
+    """The activation behind the addition."""
 
     @property
     def padded(self) -> int:
@@ -114,8 +116,7 @@ class Kernel:
         with IRBuilder() as builder, T.prim_func():
             T.func_name(name)
             T.func_attr({"tirx.noalias": True})
-            n = T.int64()
-            self.n = n
+            n = self.n = T.int64()
 
             def given(key: str, shape: tuple, dtype: str) -> Any:
                 return T.match_buffer(T.arg(key, T.handle()), shape, dtype, align=4)
@@ -126,7 +127,7 @@ class Kernel:
                 self.w = given("w", (panels, product.padded // 4, plan.columns * 4), "int8")
                 self.offset, self.scale = (given(key, (panels * plan.columns,), dtype) for key, dtype in (("offset", "int32"), ("scale", "float32")))
             else:
-                self.x = given("x", (n, product.width), "float32")
+                self.x = self._operand(given)
                 self._weights(given, panels)
             self.b = given("b", (panels * plan.columns,), "float32") if product.bias else None
             self.r = given("r", (n, product.out), "float32") if product.residual else None
@@ -139,6 +140,10 @@ class Kernel:
             else:
                 self._plain(panels)
         return builder.get()
+
+    def _operand(self, given: Callable[..., Any]) -> Any:
+        """Declare x."""
+        return given("x", (self.n, self.product.width), "float32")
 
     def _weights(self, given: Callable[..., Any], panels: int) -> None:
         """Declare them."""
@@ -193,13 +198,18 @@ class Kernel:
             for v in range(self.vectors):
                 start = self.offset[T.ramp(panel * columns + v * lanes, 1, lanes)] if codes else tirx.Broadcast(T.float32(0), lanes)
                 T.buffer_store(total, start, [T.ramp(v * lanes, 1, lanes)])
+        self._accumulate(sums, row, panel)
+        for i, total in enumerate(sums):
+            self._finish(total, row + i, row + i if y_row is None else y_row + i, panel, panels, y)
+
+    def _accumulate(self, sums: list[Any], row: Any, panel: Any) -> None:
+        """Add the products of rows from `row` on to their sums."""
+        codes, lanes = self.product.codes, self.plan.lanes
         with T.serial(0, self.product.padded // 4 if codes else self.product.width) as k:
             for i, total in enumerate(sums):
                 for v in range(self.vectors):
                     at = T.ramp(v * lanes, 1, lanes)
                     T.buffer_store(total, self._dot(total[at], row + i, k, panel, v) if codes else self._multiply(total[at], row + i, k, panel, v), [at])
-        for i, total in enumerate(sums):
-            self._finish(total, row + i, row + i if y_row is None else y_row + i, panel, panels, y)
 
     def _multiply(self, total: Any, row: Any, k: Any, panel: Any, v: int) -> Any:
         lanes = self.plan.lanes
@@ -259,6 +269,8 @@ class Kernel:
             value = ACTIVATIONS[self.product.activation](value)
         if self.r is not None:
             value = value + self.r[row, where]
+        if self.product.after:
+            value = ACTIVATIONS[self.product.after](value)
         if self.product.sink is not None and self.product.sink.fixed:
             value = self.product.sink.code(value, self.own)
         T.buffer_store(y, value, [y_row, where])

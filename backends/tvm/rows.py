@@ -34,6 +34,18 @@ def each(width: int, lanes: int, body: Callable[[Any], None]) -> None:
             body(T.ramp(start + k * many, 1, many) if many > 1 else start + k)
 
 
+def span(first: Any, lanes: int) -> Any:
+    """The index of some values beside each other."""
+    return T.ramp(first, 1, lanes) if lanes > 1 else first
+
+
+def settled(number: Any) -> Any:
+    """An int64 computed here once: what uses a bound variable is compiled with its definition put in, which takes seconds where they pile up."""
+    buffer = T.alloc_buffer((1,), "int64", scope="global")
+    T.buffer_store(buffer, number, [0])
+    return buffer[0]
+
+
 def further(at: Any, offset: Any) -> Any:
     """An index, or a ramp of them, moved on."""
     return T.ramp(at.base + offset, at.stride, at.lanes) if isinstance(at, tirx.Ramp) else at + offset

@@ -20,7 +20,11 @@ if reason := absent("tvm"):
 
 from rewright.backends.tvm import arithmetic, gemm, nbits, rows
 from rewright.backends.tvm.attention import Attention
+from rewright.backends.tvm.batched import Batched
 from rewright.backends.tvm.compat import IRBuilder, T, llvm_target, tvm
+from rewright.backends.tvm.convolution import Convolution, pack_windows, plan_of
+from rewright.backends.tvm.layout import ChannelsFirst, Padded
+from rewright.backends.tvm.window import Window
 
 AVX2 = {"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"}
 NO_VNNI = cpu_features() - {"avx512_vnni"}
@@ -36,6 +40,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "hard_sigmoid": F.hardsigmoid,
+    "hard_swish": F.hardswish,
+    "relu6": F.relu6,
 }
 
 
@@ -162,6 +169,117 @@ def test_product_with_weights_of_4_bits(features: Any, width: int, out: int, gro
         x, r, y = torch.randn(n, width), torch.randn(n, out), poisoned(n, out)
         run(x, *packed, gemm.pack_channels(b, plan), r, y)
         assert worst(y, F.relu(F.linear(x.double(), w, b.double())) + r) < 2e-6, n
+
+
+@pytest.mark.parametrize("features", CPUS)
+@pytest.mark.parametrize("shared", [(False, False), (True, False), (False, True)])
+def test_product_of_two_activations(features: Any, shared: tuple[bool, bool]) -> None:
+    """Fewer rows than a tile, fewer columns than a vector; whole panels, panels of a vector, the last of which goes back."""
+    torch.manual_seed(0)
+    run = compiled(Batched(*shared).build(gemm.Plan.of(features, 0), "main"), features)
+    for b, m, k, n in [(2, 1, 5, 3), (3, 7, 4, 16), (2, 8, 33, 48), (1, 19, 20, 101), (2, 9, 1, 65), (2, 3, 6, 17)]:
+        x, y = torch.randn(1 if shared[0] else b, m, k), torch.randn(1 if shared[1] else b, k, n)
+        z = poisoned(b, m, n)
+        run(x, y, z)
+        assert worst(z, x.double() @ y.double()) < 1e-6, (b, m, k, n)
+
+
+# -- images --------------------------------------------------------------------------------------------------------------
+
+
+def last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+@pytest.mark.parametrize("features", CPUS)
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "padding", "dilation"),
+    [(20, (3, 3), (1, 1), (1, 1), (1, 1)), (5, (4, 2), (2, 1), (0, 1), (1, 2)), (100, (1, 7), (1, 2), (0, 3), (1, 1)), (48, (3, 3), (2, 2), (2, 2), (2, 2))],
+)
+def test_depthwise_convolution(features: Any, channels: int, kernel: Any, stride: Any, padding: Any, dilation: Any) -> None:
+    """Images of one place, without a tile inside, with whole tiles, with one that goes back; a short vector of channels."""
+    torch.manual_seed(0)
+    what = Window("product", channels, kernel, stride, padding, dilation, bias=True, activation="hard_swish")
+    run = compiled(what.build(gemm.lanes_of(features), "main"), features)
+    w, b = torch.randn(channels, 1, *kernel), torch.randn(channels)
+    for n, h, width in [(2, 4, 3), (1, 5, 8), (2, 7, 14), (1, 4, 21)]:
+        x = torch.randn(n, channels, h, width)
+        wanted = F.hardswish(F.conv2d(x.double(), w.double(), b.double(), stride, padding, dilation, channels))
+        y = poisoned(*last(wanted).shape)
+        run(last(x), w[:, 0].permute(1, 2, 0).contiguous(), b, y)
+        assert worst(y, last(wanted)) < 1e-6, (n, h, width)
+
+
+@pytest.mark.parametrize("features", CPUS)
+def test_pools(features: Any) -> None:
+    torch.manual_seed(0)
+    lanes, channels = gemm.lanes_of(features), 37
+    maximum = compiled(Window("maximum", channels, (3, 2), (2, 1), (1, 1), (1, 2)).build(lanes, "main"), features)
+    mean = compiled(Window("mean", channels, (2, 3), (2, 3)).build(lanes, "main"), features)
+    whole = compiled(Window("mean", channels, None).build(lanes, "main"), features)
+    for n, h, width in [(2, 4, 3), (1, 6, 20)]:
+        x = torch.randn(n, channels, h, width) - 5
+        for run, wanted in (
+            (maximum, F.max_pool2d(x, (3, 2), (2, 1), (1, 1), (1, 2))),
+            (mean, F.avg_pool2d(x.double(), (2, 3))),
+            (whole, x.double().mean((2, 3), keepdim=True)),
+        ):
+            y = poisoned(*last(wanted).shape)
+            run(last(x), y)
+            assert worst(y, last(wanted)) < (1e-6 if run is not maximum else 1e-30)
+
+
+@pytest.mark.parametrize("features", CPUS)
+@pytest.mark.parametrize(
+    ("channels", "out", "kernel", "stride", "dilation", "groups"),
+    [
+        (3, 20, (3, 2), (2, 1), (1, 1), 1),  # columns and channels of a window are one run
+        (20, 48, (2, 3), (1, 2), (2, 2), 1),  # and are not
+        (32, 64, (3, 3), (1, 1), (1, 1), 8),  # a panel reads two groups, or one
+        (40, 40, (1, 3), (1, 1), (1, 1), 10),  # the last panel begins too late
+        (6, 96, (2, 2), (2, 2), (1, 1), 2),  # several panels a group
+    ],
+)
+def test_convolution(features: Any, channels: int, out: int, kernel: Any, stride: Any, dilation: Any, groups: int) -> None:
+    """Fewer places than a tile, tiles that go over the ends of rows and images; an addition and an activation behind it."""
+    torch.manual_seed(0)
+    found = plan_of(features, channels, out, groups)
+    assert found is not None
+    plan, read = found
+    what = Convolution(
+        read * kernel[0] * kernel[1], out, activation="relu6", residual=True, after="relu",
+        channels=channels, kernel=kernel, stride=stride, dilation=dilation, groups=groups,
+    )  # fmt: skip
+    run = compiled(what.build(plan, "main"), features)
+    w, b = torch.randn(out, channels // groups, *kernel), torch.randn(out)
+    for n, h, width in [(1, 3, 5), (3, 4, 5), (2, 9, 16)]:
+        x = torch.randn(n, channels, h, width)
+        wanted = last(F.relu6(F.conv2d(x.double(), w.double(), b.double(), stride, 0, dilation, groups)))
+        r, y = torch.randn(wanted.shape[:-1].numel(), out), poisoned(wanted.shape[:-1].numel(), out)
+        behind = torch.cat([last(x).flatten(), poisoned(64)])[:-64].view(last(x).shape)  # nobody reads there, not even times 0
+        run(behind, pack_windows(w, what, plan), gemm.pack_channels(b, plan), r, y)
+        assert worst(y, F.relu(wanted.flatten(0, 2) + r)) < 1e-6, (n, h, width)
+
+
+def test_groups_that_panels_would_cut_have_no_plan() -> None:
+    assert plan_of(cpu_features(), 15, 15, 3) is None
+    assert plan_of(cpu_features(), 12, 12, 6) is None  # a panel would read more channels than there are
+
+
+@pytest.mark.parametrize("channels", [3, 20])
+def test_layouts(channels: int) -> None:
+    features = cpu_features()
+    x = torch.randn(2, channels, 4, 5)
+    for first in (True, False):
+        run = compiled(Padded(channels, (2, 1), first).build(gemm.lanes_of(features), "main"), features)
+        y = poisoned(2, 8, 7, channels)
+        run(x if first else last(x), y)
+        assert torch.equal(y, last(F.pad(x, (1, 1, 2, 2))))
+    turn = compiled(ChannelsFirst(channels).build("main"), features)
+    for places in (5, 64, 65, 130):
+        x, y = torch.randn(2, places, channels), poisoned(2, channels, places)
+        turn(x, y)
+        assert torch.equal(y, x.transpose(1, 2))
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------------

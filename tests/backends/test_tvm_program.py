@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ if reason := absent("tvm"):
     pytest.skip(reason, allow_module_level=True)
 
 from rewright.backends.tvm.build import Compiled, compile_graph
-from rewright.backends.tvm.compat import needed
 from rewright.backends.tvm.convert import convert
 
 ours = torch.ops.rewright
 CPU = Target.load("cpu")
+AVX2 = {"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"}
 
 
 class Call(nn.Module):
@@ -54,7 +54,7 @@ def graph_of(function: Callable[..., Any] | nn.Module, *given: Tensor, dynamic: 
     return capture(model.eval(), given, dynamic_shapes=dynamic or dict.fromkeys(list("xyz")[: len(given)]))
 
 
-def worst(compiled: Compiled, graph: Graph, *given: Tensor) -> float:
+def worst(compiled: Compiled, graph: Graph, *given: Any) -> float:
     """The largest difference from the graph's own run, over its largest value."""
     flat, found = graph.flat_inputs(given), 0.0
     for wanted, got in zip(graph.run(flat), compiled(flat), strict=True):
@@ -80,13 +80,15 @@ ATEN: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "softmax": (lambda x: (x.softmax(-1), x.softmax(1)), (r(2, 3, 7),)),
     "sums": (lambda x: (x.sum((0, 2)), x.sum(), x.mean(1, keepdim=True), x.amax(-1), x.amin(0, keepdim=True), (x > 0).sum(1)), (r(2, 3, 7),)),
     "any": (lambda x: ((x > 1).any(-1), (x > -9).all(), x.any(0)), (r(2, 3),)),
-    "matmul": (lambda x, y, z: (x @ y, z @ y, torch.bmm(x[:, 0], y[:, 0]), x @ z[0]), (r(2, 4, 3, 5), r(2, 1, 5, 6), r(3, 5))),
+    "matmul": (lambda x, y, z: (x @ y, z @ y, torch.bmm(x[:, 0], y[:, 0]), x @ z[0], x @ z.t()), (r(2, 4, 3, 5), r(2, 1, 5, 6), r(3, 5))),
+    "added products": (lambda x, y, z: (torch.addmm(z, x, y, beta=2, alpha=3), torch.baddbmm(z, x[None], y[None])), (r(9, 5), r(5, 20), r(20))),
     "conv": (nn.Conv2d(3, 10, 3, 2, 1), (r(2, 3, 9, 11),)),
     "patches": (nn.Conv2d(3, 20, 4, 4, bias=False), (r(2, 3, 8, 12),)),
-    "depthwise": (nn.Conv2d(6, 12, 3, 1, 1, groups=6), (r(2, 6, 5, 4),)),
-    "conv1d": (nn.Conv1d(5, 7, 3, 2, dilation=2), (r(2, 5, 16),)),
+    "groups that panels would cut": (nn.Conv2d(6, 12, 3, 1, 1, groups=6), (r(2, 6, 5, 4),)),
+    "conv1d": (nn.Sequential(nn.Conv1d(5, 7, 3, 2, 1, dilation=2), nn.Conv1d(7, 7, 3, padding=1, groups=7), nn.Conv1d(7, 3, 1)), (r(2, 5, 16),)),
     "batch_norm": (BATCH_NORM, (r(2, 6, 5, 4),)),
     "pools": (lambda x: (F.max_pool2d(x, 3, 2, 1), F.avg_pool2d(x, (2, 3)), F.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, 3)), (r(1, 2, 6, 6),)),
+    "whole windows": (lambda x: (F.avg_pool2d(x, 2, ceil_mode=True), F.max_pool2d(x, 3, 1, ceil_mode=True)), (r(1, 2, 6, 6),)),
     "cumsum": (lambda x: (x.cumsum(1), (x > 0).long().cumsum(0)), (r(3, 5),)),
     "triangles": (lambda x: (x.tril(-1), x.triu(1), x.tril(1)), (r(2, 5, 4),)),
     "repeats": (lambda x: (x.repeat_interleave(3, 1), x.repeat_interleave(2), x.repeat(2, 1, 1, 3), x.roll((1, -2), (0, 1)), x.flip(1)), (r(2, 4, 5),)),
@@ -147,17 +149,28 @@ class Op(nn.Module):
         return getattr(ours, self.op)(*pytree.tree_unflatten(leaves, self.spec))
 
 
+class Cases(nn.Module):
+    """An op on several cases: one program."""
+
+    def __init__(self, op: str, cases: Sequence[tuple]) -> None:
+        super().__init__()
+        self.ops = nn.ModuleList(Op(op, case) for case in cases)
+
+    def forward(self, given: list[list[Tensor]]) -> list[Any]:
+        return [op(*own) for op, own in zip(self.ops, given, strict=True)]
+
+
 @pytest.mark.parametrize("op", COMPILED)
 def test_ops_of_ours(op: str) -> None:
     torch.manual_seed(0)
     cases = list(importlib.import_module(f"rewright.ir.ops.{op}").cases(torch.float32, "cpu"))
-    for case in cases if op != "multi_head_attention" else (cases[3], cases[7]):  # the kernel has tests of its own
-        module = Op(op, case)
-        given = tuple(module.leaves[n] for n in module.given)
-        graph = capture(module, given, dynamic_shapes=dict.fromkeys(list("abcdef")[: len(given)]))
-        compiled = compile_graph(graph)
-        assert worst(compiled, graph, *given) < 2e-6, case
-        assert not compiled.in_torch
+    cases = cases if op != "multi_head_attention" else [cases[3], cases[7]]  # the kernel has tests of its own
+    module = Cases(op, cases)
+    given = [[one.leaves[n] for n in one.given] for one in module.ops]
+    graph = capture(module, (given,), dynamic_shapes={"given": None})
+    compiled = compile_graph(graph)
+    assert worst(compiled, graph, given) < 2e-6
+    assert not compiled.in_torch
 
 
 def test_ops_without_a_converter_run_in_torch_and_are_named_together() -> None:
@@ -184,6 +197,59 @@ def test_sizes_that_occur_only_inside_others() -> None:
     assert worst(compiled, graph, r(2, 3, 8, 6)) < 2e-6
     assert worst(compiled, graph, r(1, 3, 14, 10)) < 2e-6
     assert not compiled.in_torch
+
+
+class Images(nn.Module):
+    """What nets of images are made of: a stem, an inverted residual with squeeze and excitation, groups, an aggregated residual, a block of linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.stem_norm = nn.Conv2d(3, 20, 3, 2, 1, bias=False), nn.BatchNorm2d(20)
+        self.depthwise, self.depthwise_norm = nn.Conv2d(20, 20, 5, padding=2, groups=20), nn.BatchNorm2d(20)
+        self.squeeze, self.excite = nn.Conv2d(20, 4, 1), nn.Conv2d(4, 20, 1)
+        self.project, self.project_norm = nn.Conv2d(20, 20, 1, bias=False), nn.BatchNorm2d(20)
+        self.grouped = nn.Conv2d(40, 40, 3, padding=1, groups=10)
+        self.mix, self.norm = nn.Conv2d(40, 40, 7, padding=3, groups=40), nn.LayerNorm(40)
+        self.up, self.down, self.gamma = nn.Linear(40, 80), nn.Linear(80, 40), nn.Parameter(torch.rand(40))
+        self.head = nn.Linear(40, 5)
+        for norm in (self.stem_norm, self.depthwise_norm, self.project_norm):
+            norm.running_mean, norm.running_var = r(20) / 10, r(20).abs() + 0.5
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = F.hardswish(self.stem_norm(self.stem(x)))
+        y = F.relu(self.depthwise_norm(self.depthwise(x)))
+        y = y * F.hardsigmoid(self.excite(F.relu(self.squeeze(y.mean((2, 3), keepdim=True)))))
+        x = F.relu(x + self.project_norm(self.project(y)))
+        x = F.max_pool2d(torch.cat([x, y], 1), 3, 2, 1)
+        x = F.relu(self.grouped(x) + x)
+        y = self.norm(self.mix(x).permute(0, 2, 3, 1))
+        y = self.down(F.gelu(self.up(y))) * self.gamma
+        x = x + y.permute(0, 3, 1, 2)
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1)), x, x.flatten(2).transpose(1, 2)
+
+
+def images(*shape: int) -> Graph:
+    sizes = {"x": {0: "batch", 2: 2 * torch.export.Dim("height", min=2), 3: 2 * torch.export.Dim("width", min=2)}}
+    return capture(Images().eval(), (r(*shape),), dynamic_shapes=sizes)
+
+
+def test_images_of_all_sizes() -> None:
+    graph = images(2, 3, 20, 16)
+    compiled = compile_graph(graph)
+    assert not compiled.in_torch
+    for shape in ((2, 3, 20, 16), (1, 3, 4, 6), (3, 3, 38, 66)):
+        assert worst(compiled, graph, r(*shape)) < 2e-6, shape
+
+
+def test_channels_stay_last_between_the_first_and_the_last_value() -> None:
+    """And norms, activations and additions are part of the convolutions before them: what is left is the scale of the excitation and the join."""
+    program = convert(images(2, 3, 20, 16), AVX2, lambda node: "")
+    calls = str(program.module["main"])
+    assert calls.count('"turned_') == 1
+    assert calls.count('"padded_') == 2  # stem and groups
+    assert calls.count("call_tir") == 4
 
 
 def test_bfloat16_weights_run_in_torch() -> None:
@@ -311,7 +377,7 @@ def test_one_program_serves_all_sizes(quantized: str) -> None:
 def test_quantization_is_part_of_what_makes_the_value(quantized: str, wanted: int) -> None:
     """But for the embedding, and for the attention where each row has a step of its own."""
     graph = capture(Net(quantized).eval(), texts(2, 9), dynamic_shapes=DYNAMIC)
-    program = convert(graph, needed({"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"}), lambda node: "")
+    program = convert(graph, AVX2, lambda node: "")
     calls = str(program.module["main"]).count('"quantize_')
     assert calls == (2 * wanted + 1 if quantized else 0)
     assert len(program.kernels) <= 9  # equal layers share their kernels
