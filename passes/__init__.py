@@ -24,6 +24,7 @@ PASSES = {
     "remove-dead-code": "cleanup.remove_dead_code:RemoveDeadCode",
     "fuse-add-layer-norm": "fusion.add_layer_norm:FuseAddLayerNorm",
     "fuse-add-rms-norm": "fusion.add_rms_norm:FuseAddRMSNorm",
+    "fold-batch-norm": "fusion.fold_batch_norm:FoldBatchNorm",
     "pack-heads": "fusion.pack_heads:PackHeads",
     "group-heads": "fusion.group_heads:GroupHeads",
     "group-ffn": "fusion.group_ffn:GroupFFN",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,3 +147,16 @@ def test_bisect_gives_a_pass_the_statistics_it_requires() -> None:
     result = rw.optimize(encoder(), example(), recipe=[Outlying()], calibration=[example(), example()])
     culprit = rw.bisect(result)
     assert culprit is not None and culprit.name == "outlying"
+
+
+def test_a_file_judged_on_made_up_inputs_says_so_and_one_with_data_does_not(tmp_path: Path) -> None:
+    folder = rw.optimize(encoder(), example(), recipe=[]).save(tmp_path / "out")
+
+    def notes(**given: Any) -> str:
+        return " ".join(rw.optimize(folder, recipe=[rw.passes.QuantizeLinear(min_weights=1)], **given).graph.notes)
+
+    assert "judged on random inputs" in notes()
+    assert "judged on random inputs" not in notes(calibration=[example()])
+    assert "judged on random inputs" not in notes(example_inputs=example())
+    fixed = rw.optimize(folder, recipe=[], sizes={"sequence": 12})
+    assert [tuple(t.shape)[1] for t in fixed.inputs[0]] == [12, 12] and fixed.inputs[0][1].all(), "no padding in what is made up"
