@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Loaded:
     """Flat inputs: the example first, then calibration batches."""
     module: nn.Module | None = None
     zoo: ZooModel | None = None
+    made_up: bool = False
+    """Whether the inputs are random ones, for want of any."""
 
 
 def load_model(spec: str, inputs: str | None = None) -> Loaded:
@@ -49,7 +51,9 @@ def load_model(spec: str, inputs: str | None = None) -> Loaded:
         module, example = _transformers(rest)
         return _capture(spec, module, (), named_inputs(inputs) or example)
     if kind == "timm" and rest:
-        return _capture(spec, *_timm(rest, inputs))
+        loaded = _capture(spec, *_timm(rest, inputs))
+        loaded.graph.notes.append(f"{spec} has random weights, for nothing is downloaded: sizes and times are right, quality says nothing")
+        return loaded
     if kind == "py" and rest:
         return _capture(spec, *_python(rest, inputs))
     return _from_file(spec, inputs)
@@ -102,7 +106,8 @@ def at_sizes(loaded: Loaded, sizes: Mapping[str, int]) -> Loaded:
     if not sizes:
         return loaded
     graph = fixed(loaded.graph, sizes)
-    return Loaded(loaded.name, graph, list(in_batches(graph, loaded.inputs)), loaded.module, loaded.zoo)
+    example = [_made_up(graph, loaded.name)] if loaded.made_up else loaded.inputs[:1]  # a short one would be mostly padding
+    return replace(loaded, graph=graph, inputs=list(in_batches(graph, [*example, *loaded.inputs[1:]])))
 
 
 def own_metric(loaded: Loaded) -> Callable[[nn.Module], float] | None:
@@ -143,7 +148,11 @@ def _from_file(spec: str, inputs: str | None) -> Loaded:
     given = named_inputs(inputs)
     if given:
         return Loaded(spec, graph, [graph.flat_inputs((), given)])
-    return Loaded(spec, graph, [runnable_inputs(graph, spec) if path.suffix == ".onnx" else random_inputs(graph)])
+    return Loaded(spec, graph, [_made_up(graph, spec)], made_up=True)
+
+
+def _made_up(graph: Graph, spec: str) -> Flat:
+    return runnable_inputs(graph, spec) if spec.endswith(".onnx") else random_inputs(graph)
 
 
 def runnable_inputs(graph: Graph, spec: str) -> Flat:
@@ -223,10 +232,13 @@ def _transformers(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def _timm(name: str, inputs: str | None) -> tuple[nn.Module, tuple, dict[str, Any]]:
+    from .torchvision_stand_in import torchvision_stand_in
+
     try:
-        import timm  # type: ignore[import-not-found]
+        with torchvision_stand_in():
+            import timm  # type: ignore[import-not-found]
     except ImportError as error:
-        raise UsageError("timm: models need the package timm") from error
+        raise UsageError(f"timm: models need the package timm ({error})") from error
     try:
         model: Any = timm.create_model(name, pretrained=False).eval()
     except RuntimeError as error:

@@ -121,7 +121,7 @@ def _passes_table(records: list[Any], captured_ms: float | None = None) -> Table
         ("matched", True),
         ("applied", True),
         ("declined", True),
-        ("calls", True),
+        ("launches", True),
         ("weights", True),
         ("bytes moved", True),
         ("outputs", False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -60,6 +61,13 @@ def test_a_dim_can_be_fixed_and_passes_go_in_front_of_a_recipe(capsys, tmp_path:
     assert '[sizes]\n"batch" = 4\n' in (tmp_path / "out" / "recipe.resolved.toml").read_text()
     code, out, _ = run(capsys, "inspect", "out", "--json")
     assert json.loads(out)["inputs"] == ["x: f32[4, 64]"]
+
+
+def test_a_timm_model_says_that_its_weights_are_random(capsys) -> None:
+    if importlib.util.find_spec("timm") is None:  # importorskip would import it, which asks for torchvision
+        pytest.skip("timm is not installed")
+    code, out, _ = run(capsys, "inspect", "timm:test_resnet", "--inputs", "x=float32[2,3,64,64]", "--json")
+    assert code == 0 and "random weights" in " ".join(json.loads(out)["notes"])
 
 
 def test_optimize_writes_onnx_and_reports_every_pass(capsys, tmp_path: Path) -> None:
@@ -137,6 +145,7 @@ def test_a_model_that_cannot_be_captured_shows_the_users_own_line(capsys) -> Non
         (["optimize", "py:no_such_module:f", "-p", "group-ffn"], 2, "no module named"),
         (["optimize", "zoo:minilmm", "-p", "group-ffn"], 2, "Did you mean 'minilm'"),
         (["optimize", "nothing", "-p", "group-ffn"], 2, "is no model"),
+        (["inspect", "timm:no_such_net"], 2, "timm has no model 'no_such_net'"),
         (["inspect", "missing.pt2"], 3, "no file missing.pt2"),
         (["inspect", "my_models.py"], 3, "a text file"),
         (["bench", "missing.onnx"], 3, "no file missing.onnx"),
