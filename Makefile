@@ -15,7 +15,7 @@ demo: $(READY)
 	.venv/bin/python -m rewright demo
 
 test: $(READY)
-	$(PYTEST) -n 2
+	$(PYTEST) -n 2 --durations=20
 
 check: $(READY)
 	.venv/bin/ruff check .

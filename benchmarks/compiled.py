@@ -1,6 +1,6 @@
 """MiniLM and the other zoo models through TVM beside everything else one has on this CPU; single products; where the time goes.
 
-usage: python benchmarks/compiled.py [--table minilm|quality|products|zoo|profile]
+usage: python benchmarks/compiled.py [--table minilm|quality|products|zoo|images|profile]
 Writes benchmarks/compiled.json table by table, and compiled.txt. One thread, processor time, all rows of a shape in one process, alternating.
 """
 
@@ -26,6 +26,7 @@ PRODUCTS = {
     "few rows": (32, 384, 1536),
 }
 """Rows, channels in, channels out."""
+IMAGE_NETS = ("resnet50", "mobilenetv3_large_100", "convnext_atto", "efficientnet_b0")
 
 
 def programs() -> dict[str, Any]:
@@ -187,6 +188,36 @@ def zoo(rows: Rows) -> None:
         rows.store(model, "zoo", None, {**found, "dynamic_to_static": ratio, "static_compile_seconds": static.seconds})
 
 
+def images(rows: Rows) -> None:
+    """Convolutional nets of timm at their own size, one image and eight. Their weights are random: times alone."""
+    import torch
+
+    import rewright as rw
+    from rewright.backends.onnx.session import Session
+    from rewright.backends.tvm.build import compile_graph
+    from rewright.tools.bench import alternate
+    from rewright.tools.models import load_model, random_inputs
+
+    for name in IMAGE_NETS:
+        loaded = load_model(f"timm:{name}")
+        clean = rw.optimize(loaded, recipe="clean", verify=False)
+        compiled, table = compile_graph(clean.graph), {}
+        assert loaded.module is not None
+        with tempfile.TemporaryDirectory() as folder:
+            clean.export(path := Path(folder) / "model.onnx")
+            runs: dict[str, Any] = {FP32: Session(path), "torch fp32": loaded.module, "torch fp32, cleaned": clean.module, "TVM fp32": compiled}
+            (image,) = random_inputs(clean.graph)
+            for batch in (1, 8):
+                x = image.repeat_interleave(4, 0)[:batch].contiguous()
+                calls = {name: (lambda run=run, x=x if "torch" in name else (x,): run(x)) for name, run in runs.items()}
+                wanted, found = clean.graph.run((x,))[0], compiled((x,))[0]
+                error = float((wanted - found).abs().max() / wanted.abs().max())
+                with torch.inference_mode():
+                    times = alternate(calls, FP32, 15, budget_s=40, clock=time.process_time)
+                table[f"{batch}x{x.shape[-1]}"] = {"error": error, "times": {k: t.as_dict() for k, t in times.items()}}
+        rows.store(name, "images", None, {"compile_seconds": compiled.seconds, "in_torch": dict(compiled.in_torch), "shapes": table})
+
+
 def profile(rows: Rows) -> None:
     """Processor time of every kernel of one run at 8x128."""
     from rewright.backends.tvm.build import compile_graph
@@ -223,6 +254,12 @@ def text(results: dict[str, Any]) -> str:
             lines += ["", f"zoo:{model} fp32, compiled in {row['compile_seconds']:.1f} s, in torch: {row['in_torch'] or 'nothing'}"]
             lines.append(f"  the program for all sizes takes {_ratio(row['dynamic_to_static'])} of one for the last size alone")
             lines += [f"  {s:8s} error {t['error']:.1e}   {t['median_ms']:8.2f} ms   {t['ratio']:.3f} of {FP32}" for s, t in row["shapes"].items()]
+    for model, tables in models.items():
+        if row := tables.get("images"):
+            lines += ["", f"timm:{model} (random weights) fp32, compiled in {row['compile_seconds']:.1f} s, in torch: {row['in_torch'] or 'nothing'}"]
+            for shape, t in row["shapes"].items():
+                lines.append(f"  {shape}: error of TVM {t['error']:.1e}")
+                lines += [f"    {k:24s} {v['median_ms']:8.2f} ms  {_ratio(v)}" for k, v in t["times"].items()]
     for recipe, row in models.get("minilm", {}).get("profile", {}).items():
         total = sum(t["ms"] for t in row.values())
         lines += ["", f"profile of {recipe} at 8x128: {total:.1f} ms"]
@@ -234,7 +271,7 @@ def text(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"products": products, "zoo": zoo, "quality": quality, "profile": profile, "minilm": minilm}
+TABLES = {"products": products, "zoo": zoo, "images": images, "quality": quality, "profile": profile, "minilm": minilm}
 
 
 def main() -> None:

@@ -11,14 +11,14 @@ from torch import Tensor
 from .capture import capture
 from .errors import CaptureError
 from .graph import Graph, Source
-from .onnx.checks import OPSETS
 from .onnx.inputs import dynamic_shapes as dynamic_shapes_of
 from .onnx.inputs import example_inputs
 from .onnx.model import OnnxFile, read_onnx
 from .onnx.module import NeedsData, OnnxModule
+from .onnx.older import brought_to
 
 FIRST_OPSET = 7
-"""Oldest version of the standard domain that is imported."""
+"""Oldest version of the standard domain that is imported; files of older ones are brought to it."""
 MOST_LEFT = 8
 """Nodes that are left to onnxruntime because they need numbers that only running the model would tell; each is found by a capture of its own."""
 
@@ -35,7 +35,7 @@ def import_onnx(path: Path | str, args: tuple | Tensor = (), kwargs: Mapping[str
     file = read_onnx(path)
     version = file.model.opset_imports.get("", file.model.opset_imports.get("ai.onnx"))
     if version is not None and version < FIRST_OPSET:
-        raise CaptureError(f"{path} is of opset {version}; rewright imports {FIRST_OPSET} to {OPSETS.stop - 1} (onnx.version_converter moves a file)")
+        file = brought_to(FIRST_OPSET, file, version)
     args = args if isinstance(args, tuple) else (args,)
     left: set[str] = set()
     while True:

@@ -377,10 +377,8 @@ def _runs(graph: Graph, flat: tuple[Tensor, ...]) -> bool:
 
 def _resize(tensor: Tensor, node: fx.Node, sizes: dict[Any, int], generator: torch.Generator) -> Tensor:
     for axis, size in enumerate(node.meta["val"].shape):
-        if isinstance(size, torch.SymInt) and size.node.expr in sizes:
-            n = sizes[size.node.expr]
-            index = torch.arange(n) % tensor.shape[axis]
-            tensor = tensor.index_select(axis, index)
+        if isinstance(size, torch.SymInt) and size.node.expr in sizes and tensor.shape[axis]:  # nothing can be repeated of an empty one
+            tensor = tensor.index_select(axis, torch.arange(sizes[size.node.expr]) % tensor.shape[axis])
     if tensor.is_floating_point() and tensor.numel():
         noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float32).to(tensor.dtype)
         tensor = tensor + noise * tensor.std().nan_to_num() * 0.1 if tensor.numel() > 1 else tensor

@@ -38,8 +38,8 @@ class Loaded:
     """Whether the inputs are random ones, for want of any."""
 
 
-def load_model(spec: str, inputs: str | None = None) -> Loaded:
-    """Load and capture what MODEL names. `inputs`: an .npz file or 'name=dtype[2,16],...' where the model brings none.
+def load_model(spec: str, inputs: str | None = None, example: Any = None) -> Loaded:
+    """Load and capture what MODEL names. `inputs`: an .npz file or 'name=dtype[2,16],...' where the model brings none; example: of a file, a batch.
 
     Raises UsageError for an unknown kind of MODEL, InputFileError for a file that is missing, damaged or another kind.
     """
@@ -56,7 +56,7 @@ def load_model(spec: str, inputs: str | None = None) -> Loaded:
         return loaded
     if kind == "py" and rest:
         return _capture(spec, *_python(rest, inputs))
-    return _from_file(spec, inputs)
+    return _from_file(spec, inputs, example)
 
 
 def _capture(name: str, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], zoo: ZooModel | None = None, batches: Iterable[Any] = ()) -> Loaded:
@@ -126,7 +126,7 @@ def own_metric(loaded: Loaded) -> Callable[[nn.Module], float] | None:
     return metric
 
 
-def _from_file(spec: str, inputs: str | None) -> Loaded:
+def _from_file(spec: str, inputs: str | None, example: Any) -> Loaded:
     path = Path(spec)
     if path.is_dir():
         from ..ir.save import load_graph
@@ -145,9 +145,9 @@ def _from_file(spec: str, inputs: str | None) -> Loaded:
     else:
         with open(path, "rb") as file:
             raise InputFileError(f"{spec} is {what_is(file.read(8))}; expected .pt2, .onnx or a saved result folder")
-    given = named_inputs(inputs)
-    if given:
-        return Loaded(spec, graph, [graph.flat_inputs((), given)])
+    given = named_inputs(inputs) or example
+    if given is not None:
+        return Loaded(spec, graph, [as_flat(graph, given)])
     return Loaded(spec, graph, [_made_up(graph, spec)], made_up=True)
 
 
@@ -156,10 +156,11 @@ def _made_up(graph: Graph, spec: str) -> Flat:
 
 
 def runnable_inputs(graph: Graph, spec: str) -> Flat:
-    """Random inputs that a file's graph takes: integers may be indices into something small. Raises UsageError."""
+    """Random inputs that a file's graph takes: integers may be indices into something small, or divide something. Raises UsageError."""
     why: Exception | None = None
-    for most in (100, 2, 1):
-        flat = random_inputs(graph, most=most)
+    for most in (100, 2, 1, None):
+        flat = random_inputs(graph, most=most or 1)
+        flat = flat if most is not None else tuple(t if t.is_floating_point() else torch.ones_like(t) for t in flat)
         try:
             graph.run(flat)
             return flat

@@ -200,7 +200,7 @@ def optimize(
         finetune=stages,
         progress=progress,
     )
-    inputs = [*loaded.inputs[:1], *held_out[:4]]
+    inputs = [*(held_out[:1] if loaded.made_up and held_out else loaded.inputs[:1]), *held_out[:4]]  # no budget should hang on random inputs
     with stages.interruptible() if stages is not None else contextlib.nullcontext():
         outcome = pipeline.run(loaded.graph, inputs)
     if verify and loaded.made_up and not batches and any(r.applied and not r.exact for r in outcome.records):
@@ -225,7 +225,7 @@ def loaded_from(model: Any, given: Any) -> Loaded:
     if isinstance(model, Loaded):
         return model
     if isinstance(model, str | Path):
-        loaded = load_model(str(model))
+        loaded = load_model(str(model), example=given)
         return loaded if given is None else Loaded(loaded.name, loaded.graph, [as_flat(loaded.graph, given)], loaded.module)
     if isinstance(model, Graph):
         return Loaded("graph", model, [as_flat(model, given)] if given is not None else [])

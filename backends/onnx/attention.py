@@ -83,4 +83,7 @@ def _additive(q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool, windo
     if visible is not None:
         mask = (1.0 - visible.to(q.dtype)) * HIDDEN
         mask = mask if bias is None else mask + bias
-    return None if mask is None else mask.expand(q.shape[0], mask.shape[1], q.shape[-2], k.shape[-2])
+    if mask is None:
+        return None
+    heads = mask.shape[-3] if mask.dim() > 2 else 1  # a bias may be [Q, K] alone
+    return mask.expand(q.shape[0], heads, q.shape[-2], k.shape[-2])

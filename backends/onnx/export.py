@@ -19,6 +19,7 @@ from ...ir.nodes import argument
 from ...ir.verify import Drift, compare, example_inputs, padding_mask, rounding_sensitivity
 from . import concat, constants, onnx_node, stable_sort
 from .linear_nbits import unrounded
+from .opsets import NEWEST, OLDEST
 from .session import Session
 from .silence import silent
 from .tidy import tidy
@@ -51,9 +52,6 @@ ASSERTIONS = (torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_asyn
 
 ROUNDED_COSINE = 0.99
 """Least cosine between a graph and its file where onnxruntime rounds activations that the graph keeps in float."""
-
-OLDEST = 18
-"""Of the opsets that torch's exporter writes by itself."""
 
 EXTERNAL_BYTES = 1_800_000_000  # a protobuf holds 2 GB at most
 
@@ -88,7 +86,7 @@ def export(
     that of the graph with its own copy disturbed in the last place, within a factor of 3. Weight-only layers are checked so
     without the rounding of activations that onnxruntime adds to them, and with it to a cosine of 0.99.
     profile: "ort" uses the forms measured fastest in onnxruntime, "pure" decomposes all but quantized layers, for other runtimes.
-    opset: default that of an imported file (18 where it is older), else 20, or 23 in the "ort" profile where that brings the
+    opset: default that of an imported file (18 where it is older, 25 where it is newer), else 20, or 23 in the "ort" profile where that brings the
     Attention operator (not with RoPE: from 23 on the exporter makes RotaryEmbedding nodes of it that onnxruntime refuses at batch > 1; specs/capture_ir.md 5).
     metadata: properties to write into the file. tidied: its nodes are tidied too (see `tidy`).
     Raises PromiseBroken when onnxruntime disagrees, UsageError for a graph without weights; the old file then stays.
@@ -97,6 +95,8 @@ def export(
     if graph.on_meta:
         raise UsageError("the graph was captured without weights (meta device); fill it with Graph.materialize before export")
     opset = default_opset(graph, profile) if opset is None else opset
+    if opset > NEWEST:
+        raise UsageError(f"opset {opset} can't be written; the newest that can is {NEWEST}")
     model = to_onnx_ir(graph, profile, opset)
     if tidied:
         model = tidy(model).model
@@ -143,11 +143,11 @@ def _rounded_parity(graph: Graph, session: Session, flats: list[tuple[Tensor, ..
 
 
 def default_opset(graph: Graph, profile: Profile) -> int:
-    """An imported file's own, from 18 on, where all has a form in it; else 23 where the Attention operator helps and RoPE does not forbid it, or 20."""
+    """An imported file's own, from 18 to 25, where all has a form in it; else 23 where the Attention operator helps and RoPE does not forbid it, or 20."""
     ours = torch.ops.rewright
     least = 21 if profile == "pure" and graph.find(ours.linear_nbits.default) else OLDEST  # for blocked DequantizeLinear
     if graph.source is not None:
-        return max(least, graph.source.opset, 19 if graph.find(ours.linear_fp8.default) else OLDEST)
+        return max(least, min(graph.source.opset, NEWEST), 19 if graph.find(ours.linear_fp8.default) else OLDEST)
     attention = graph.find(ours.attention.default, ours.multi_head_attention.default)
     return max(least, 23 if profile == "ort" and attention and not graph.find(ours.rope.default) else 20)
 

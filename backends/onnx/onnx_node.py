@@ -6,9 +6,13 @@ from typing import Any
 
 from ...ir.errors import UsageError
 from ...ir.ops.onnx_node import decoded, described
+from .opsets import NEWEST
 
 DOMAIN = "rewright.onnx_node"
 """Of calls that stand for the nodes until the file is whole: no exported model keeps one."""
+
+FIRST_WHOLE = 13
+"""The oldest opset that a whole file is worth asking for instead."""
 
 
 def translate(inputs: Any, model: str, outputs: Any) -> Any:
@@ -74,11 +78,16 @@ def _at(region: Any, opset: int, encoded: str) -> Any:
     foreign = [o for o in region.opset_import if o.domain not in ("", "ai.onnx")]
     try:
         made = onnx.version_converter.convert_version(region, opset)
+        if _ranks(made.graph.input) != _ranks(region.graph.input):  # it takes the batch from Scan's inputs at 9, but not from what makes them
+            raise ValueError("the converter changes what it reads")
     except Exception as error:
         line = next((x.strip() for x in str(error).splitlines() if x.strip()), type(error).__name__)
-        raise UsageError(
-            f"{described(encoded)} is of opset {own.version} and can't be brought to {opset} ({line[:120]}); export with the opset {own.version}"
-        ) from error
+        advice = f"; export with the opset {own.version}" if FIRST_WHOLE <= own.version <= NEWEST else ""
+        raise UsageError(f"{described(encoded)} is of opset {own.version} and can't be brought to {opset} ({line[:120]}){advice}") from error
     present = {o.domain for o in made.opset_import}
     made.opset_import.extend(o for o in foreign if o.domain not in present)
     return made
+
+
+def _ranks(values: Any) -> list[int]:
+    return [len(v.type.tensor_type.shape.dim) for v in values]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,4 +48,9 @@ class Session:
         except Exception as error:  # its own classes again: sizes or numbers the model does not take
             sizes = ", ".join(f"{name} {list(x.shape)}" for name, x in feeds.items())
             raise UsageError(f"onnxruntime can't run {self.name} on {sizes}: {str(error).splitlines()[0][:300]}") from error
-        return tuple(torch.from_numpy(a) for a in found)
+        return tuple(_tensor(a) for a in found)
+
+
+def _tensor(array: Any) -> Tensor:
+    """onnxruntime's own spelling of uint64 is strange to torch."""
+    return torch.from_numpy(array.view("uint64") if array.dtype == "uint64" else array)

@@ -84,7 +84,7 @@ def read_onnx(path: Path) -> OnnxFile:
     digests |= {file.relative_to(folder).as_posix(): _digest(file) for file in external_files(path, proto)}
     try:
         model = onnx_ir.from_proto(proto)
-        _move_out(model)
+        move_out(model)
     except Exception as error:
         raise InputFileError(f"{path} can't be read: {_first_line(error)}") from error
     del proto
@@ -147,7 +147,7 @@ def torch_dtype(dtype: Any, what: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _move_out(model: Any) -> None:
+def move_out(model: Any) -> None:
     """Give every tensor memory of its own, not the parsed protobuf's, which lives as long as a single one is in it."""
     import onnx_ir
     from onnx_ir.tensor_adapters import TorchTensor

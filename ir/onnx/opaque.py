@@ -80,7 +80,8 @@ class Region:
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.outputs)
         imports = [onnx.helper.make_opsetid(domain, version) for domain, version in self.opsets]
         model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=self.ir_version)
-        found = _outputs(model.SerializeToString(), self.label)
+        ranks = tuple(None if sizes is None else len(sizes) for sizes in self.declared_sizes)
+        found = _outputs(model.SerializeToString(), self.label, ranks)
         for value, (kind, sizes) in zip(graph.output, found):
             value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, _ONNX[getattr(torch, kind)], [s if isinstance(s, int) else None for s in sizes]))
         known, made = set(names.values()), []
@@ -172,8 +173,9 @@ def in_order(graph: Any, left: Sequence[Region]) -> list[Any]:
 
 
 def can_run(domain: str, name: str) -> bool:
-    """Whether onnxruntime has a kernel for an operator on the CPU and it gives the same twice."""
-    return ("" if domain == "ai.onnx" else domain, name) in _kernels() and name not in RANDOM
+    """Whether onnxruntime has a kernel for an operator on the CPU, or makes it of others, and it gives the same twice."""
+    operator = ("" if domain == "ai.onnx" else domain, name)
+    return name not in RANDOM and (operator in _kernels() or _is_function(*operator))
 
 
 @functools.cache
@@ -181,6 +183,17 @@ def _kernels() -> set[tuple[str, str]]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state  # type: ignore[attr-defined]
 
     return {(k.domain, k.op_name) for k in state.get_all_opkernel_def() if k.provider == "CPUExecutionProvider"}
+
+
+@functools.cache
+def _is_function(domain: str, name: str) -> bool:
+    """Whether the standard says of what other operators this one is made."""
+    import onnx
+
+    if not onnx.defs.has(name, domain):
+        return False
+    schema: Any = onnx.defs.get_schema(name, domain)
+    return schema.has_function or schema.has_context_dependent_function
 
 
 def _is_odd(value: Any) -> bool:
@@ -258,8 +271,8 @@ def _region(nodes: list[Any], opsets: tuple[tuple[str, int], ...], ir_version: i
 
 
 @functools.lru_cache(maxsize=256)
-def _outputs(model: bytes, label: str) -> list[tuple[str, tuple[Any, ...]]]:
-    """dtype and sizes of each output as onnxruntime infers them."""
+def _outputs(model: bytes, label: str, ranks: tuple[int | None, ...]) -> list[tuple[str, tuple[Any, ...]]]:
+    """dtype and sizes of each output as onnxruntime infers them. ranks: what the file says of them."""
     import onnx
     import onnxruntime
 
@@ -279,8 +292,10 @@ def _outputs(model: bytes, label: str) -> list[tuple[str, tuple[Any, ...]]]:
     if any(not sizes for _, sizes in found):  # onnxruntime says [] of a single number and of a rank it does not know
         inferred = onnx.shape_inference.infer_shapes(onnx.load_model_from_string(model), data_prop=True)
         known = {o.name for o in inferred.graph.output if o.type.tensor_type.HasField("shape")}
-        if not all(sizes or o.name in known for o, (_, sizes) in zip(session.get_outputs(), found)):
-            found = [(kind, sizes or ("?",) * rank) for (kind, sizes), rank in zip(found, _ranks(session, label))]
+        said = [len(sizes) or (0 if o.name in known else rank) for o, (_, sizes), rank in zip(session.get_outputs(), found, ranks)]
+        all_said = [rank for rank in said if rank is not None]
+        found_ranks = all_said if len(all_said) == len(said) else _ranks(session, label)
+        found = [(kind, sizes or ("?",) * rank) for (kind, sizes), rank in zip(found, found_ranks)]
     return found
 
 

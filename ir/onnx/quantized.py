@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,8 @@ def dequantize(x: Tensor, scale: Tensor, zero: Tensor | None = None, *, axis: in
 
 
 def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    axes = list(range(x.dim()))  # the ONNX exporter has no amin without them
+    low, high = x.amin(axes).clamp(max=0), x.amax(axes).clamp(min=0)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero = torch.round(torch.clamp(-low / scale, 0, 255))
@@ -81,10 +83,25 @@ def matmul_integer(a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: T
     return _exact(_centred(a, a_zero, True), _centred(b, b_zero, False))
 
 
+def _exact_conv(x: Tensor, w: Tensor, **attributes: Any) -> Tensor:
+    """Of whole numbers up to 255, in float32, which holds sums up to 2**24 exactly: onnxruntime convolves no float64.
+
+    Where as many products as a filter has may exceed that, digits of w are convolved one by one.
+    """
+    x, w = x.float(), w.float()
+    base = 2 ** max(int(math.log2(2**24 / (255 * math.prod(map(int, w.shape[1:]))))), 1)
+    total, place, largest = torch.zeros((), dtype=torch.int32), 1, 255
+    while largest > base:
+        higher = torch.floor(w / base)
+        total = total + conv(x, w - higher * base, **attributes).to(torch.int32) * place
+        w, place, largest = higher, place * base, -(-largest // base)
+    return total + conv(x, w, **attributes).to(torch.int32) * place
+
+
 def conv_integer(x: Tensor, w: Tensor, x_zero: Tensor | None = None, w_zero: Tensor | None = None, **attributes: Any) -> Tensor:
     x = _centred(x, x_zero, False)
     w = _wide(w) - (0 if w_zero is None else _wide(_along(w_zero, w, 0)))
-    return conv(x.double(), w.double(), **attributes).to(torch.int32)
+    return _exact_conv(x, w, **attributes)
 
 
 def _requantize(total: Tensor, scale: Tensor, y_scale: Tensor, y_zero: Tensor) -> Tensor:

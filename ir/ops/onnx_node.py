@@ -16,7 +16,7 @@ from ..onnx.checks import graphs, tensors
 from ._semantic import LIBRARY
 
 _NUMPY = {"u8": np.uint64, "i8": np.int64}
-"""onnxruntime gives some 64-bit integers as another C type of that size, which torch does not take."""
+"""onnxruntime gives some 64-bit integers as another C type of that size, which torch does not take; np.array(a, np.uint64) leaves it what it is."""
 
 
 def onnx_node(inputs: Sequence[Tensor], model: str, outputs: Sequence[str]) -> list[Tensor]:
@@ -33,7 +33,7 @@ def onnx_node(inputs: Sequence[Tensor], model: str, outputs: Sequence[str]) -> l
     except Exception as error:  # onnxruntime raises its own classes
         raise UsageError(f"onnxruntime can't run {described(model)}: {_line(error)}") from error
     device = inputs[0].device if inputs else torch.device("cpu")
-    return [torch.from_numpy(np.array(a, _NUMPY.get(a.dtype.kind + str(a.dtype.itemsize), a.dtype))).to(device) for a in found]
+    return [torch.from_numpy(np.array(a).view(_NUMPY.get(a.dtype.kind + str(a.dtype.itemsize), a.dtype))).to(device) for a in found]
 
 
 def fake(inputs: Sequence[Tensor], model: str, outputs: Sequence[str]) -> list[Tensor]:

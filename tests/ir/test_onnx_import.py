@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+import rewright as rw
 from rewright.backends.onnx.export import export
 from rewright.backends.onnx.silence import silent
 from rewright.ir.blocks.attention import attention_blocks
 from rewright.ir.blocks.feed_forward import ffn_blocks
 from rewright.ir.capture import capture
-from rewright.ir.errors import CaptureError, InputFileError, RewrightError
+from rewright.ir.errors import CaptureError, InputFileError, RewrightError, UsageError
 from rewright.ir.graph import Graph, quiet
 from rewright.ir.onnx import table
 from rewright.ir.onnx.model import torch_tensor
@@ -585,7 +586,61 @@ def test_what_is_no_onnx_file_is_refused(tmp_path: Path, content: bytes | None, 
         import_onnx(path)
 
 
-def test_an_opset_we_do_not_read_is_refused(tmp_path: Path) -> None:
-    path = written(tmp_path / "m.onnx", '<ir_version: 8, opset_import: ["": 6]> agraph (float[n] x) => (float[n] y) { y = Relu (x) }')
-    with pytest.raises(CaptureError, match="is of opset 6; rewright imports 7 to 26"):
-        import_onnx(path)
+BROADCAST = """<ir_version: 3, opset_import: ["": 6]> agraph (float[2, 3, 4] x, float[3, 4] b) => (float[2, 3, 4] y) {
+    z = Add <broadcast = 1> (x, b) y = Relu (z) }"""
+
+
+def test_a_file_of_an_older_opset_is_brought_to_one_we_read(tmp_path: Path) -> None:
+    """From 7 on axes broadcast without being asked; onnxruntime has no Add of before."""
+    graph = import_onnx(written(tmp_path / "m.onnx", BROADCAST))
+    x, b = torch.randn(2, 3, 4), torch.randn(3, 4)
+    assert torch.equal(graph(x=x, b=b)["y"], torch.relu(x + b))
+    assert "the file is of opset 6; onnx's converter brought it to 7" in graph.notes
+
+
+def test_an_older_opset_that_cannot_be_brought_to_one_we_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no adapter")
+
+    monkeypatch.setattr("onnx.version_converter.convert_version", fails)
+    with pytest.raises(CaptureError, match=r"is of opset 6; rewright imports from 7 on, and onnx can't bring it there \(no adapter\)"):
+        import_onnx(written(tmp_path / "m.onnx", BROADCAST))
+
+
+def test_a_file_newer_than_the_exporter_is_written_at_its_newest_opset(tmp_path: Path) -> None:
+    graph = import_onnx(written(tmp_path / "m.onnx", f"{header(26)} agraph (float[n] x) => (float[n] y) {{ y = Relu (x) }}"))
+    assert export(graph, tmp_path / "out.onnx", [(torch.randn(3),)]).opset == 25
+    with pytest.raises(UsageError, match="opset 26 can't be written; the newest that can is 25"):
+        export(graph, tmp_path / "out.onnx", opset=26)
+
+
+def test_a_mask_without_heads_survives_the_attention_operator(tmp_path: Path) -> None:
+    """Here heads, queries and keys are of different numbers: no axis is taken for another."""
+    text = "(float[1, 2, 3, 4] q, float[1, 2, 5, 4] k, float[1, 2, 5, 4] v, float[3, 5] m) => (float[1, 2, 3, 4] y) { y = Attention (q, k, v, m) }"
+    path = written(tmp_path / "m.onnx", f"{header(23)} agraph {text}")
+    given = {name: torch.randn(shape) for name, shape in (("q", (1, 2, 3, 4)), ("k", (1, 2, 5, 4)), ("v", (1, 2, 5, 4)), ("m", (3, 5)))}
+    done = rw.optimize(path, recipe=[], verify=False).export(tmp_path / "out.onnx")
+    assert "Attention" in [n.op_type for n in onnx.load(done.path).graph.node]
+    assert np.allclose(in_onnxruntime(done.path, given)[0], in_onnxruntime(path, given)[0], atol=CLOSE)
+
+
+def test_a_large_convolution_of_codes_is_exact_and_runs_in_onnxruntime(tmp_path: Path) -> None:
+    """300 channels of 3 x 3 products of up to 255 * 255: their sums are beyond what float32 holds."""
+    text = "(uint8[1, 300, 5, 5] x) => (int32[1, 2, 3, 3] y) { y = ConvInteger (x, w) }"
+    weights = {"w": np.random.default_rng(0).integers(200, 256, (2, 300, 3, 3)).astype(np.uint8)}
+    path = written(tmp_path / "m.onnx", f"{header(20)} agraph {text}", weights)
+    given = {"x": torch.randint(200, 256, (1, 300, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))}
+    graph = import_onnx(path)
+    assert error(graph, path, given) == 0
+    done = export(graph, tmp_path / "out.onnx", [tuple(given.values())])
+    assert np.array_equal(in_onnxruntime(done.path, given)[0], in_onnxruntime(path, given)[0])
+
+
+def test_what_quantize_dynamic_writes_of_a_convolution_goes_back_into_a_file(tmp_path: Path) -> None:
+    text = "(float[1, 2, 5, 5] x) => (int32[1, 3, 3, 3] y, float s) { c, s, z = DynamicQuantizeLinear (x) y = ConvInteger (c, w, z) }"
+    weights = {"w": np.random.default_rng(0).integers(-9, 9, (3, 2, 3, 3)).astype(np.int8)}
+    path = written(tmp_path / "m.onnx", f"{header(20)} agraph {text}", weights)
+    given = {"x": torch.randn(1, 2, 5, 5, generator=torch.Generator().manual_seed(0))}
+    done = export(import_onnx(path), tmp_path / "out.onnx", [tuple(given.values())])
+    for found, wanted in zip(in_onnxruntime(done.path, given), in_onnxruntime(path, given), strict=True):
+        assert np.array_equal(found, wanted)

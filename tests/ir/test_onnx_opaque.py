@@ -152,6 +152,40 @@ def test_what_cannot_be_brought_to_another_opset_is_refused_in_a_sentence(tmp_pa
     assert not (tmp_path / "out.onnx").exists()
 
 
+def test_a_node_whose_inputs_change_on_the_way_to_another_opset_is_refused(tmp_path: Path) -> None:
+    """Before 9 a Scan took a batch of sequences."""
+    body = """(float[1, 2] first, float[1, 3, 2] x) => (float[1, 2] y, float[1, 3, 2] z) {
+        y, z = Scan ("", first, x) <num_scan_inputs = 1, body = b (float[2] a, float[2] b) => (float[2] c, float[2] d) { c = Add (a, b) d = Identity (c) }> }"""
+    graph = import_onnx(written(tmp_path / "m.onnx", body, '<ir_version: 3, opset_import: ["": 8]>'))
+    with pytest.raises(UsageError, match=r"the ONNX node Scan is of opset 8 and can't be brought to 18 \(the converter changes what it reads\)$"):
+        export(graph, tmp_path / "out.onnx")
+
+
+def test_what_onnxruntime_makes_of_other_operators_may_stay(tmp_path: Path) -> None:
+    """CenterCropPad has no kernel; the standard says what it is made of."""
+    path = written(tmp_path / "m.onnx", "(float[4, 4] x, int64[2] size) => (float[r, c] y) { z = Relu (x) y = CenterCropPad (z, size) }")
+    graph = import_onnx(path)
+    assert left(graph) == ["CenterCropPad"]
+    flat = (torch.randn(4, 4), torch.tensor([2, 5]))
+    assert np.array_equal(graph(*flat)["y"].numpy(), in_onnxruntime(path, flat)[0])
+
+
+def test_ranks_are_those_the_file_declares(tmp_path: Path) -> None:
+    """The sizes of Split's parts must sum up to 6: ones can't be tried."""
+    path = written(tmp_path / "m.onnx", "(float[6] x, int64[2] parts) => (float[a] y, float[b] z) { w = Relu (x) y, z = Split (w, parts) }")
+    graph = import_onnx(path)
+    assert left(graph) == ["Split"]
+    flat = (torch.randn(6), torch.tensor([2, 4]))
+    assert np.array_equal(graph(*flat)["z"].numpy(), in_onnxruntime(path, flat)[1])
+
+
+def test_unsigned_64_bit_integers_come_back_from_onnxruntime() -> None:
+    model = onnx.parser.parse_model(f"{HEADER} agraph (uint64[2] x, uint64[2] z) => (uint64[2] y) {{ y = Max (x, z) }}")
+    given = [torch.tensor([1, 5], dtype=torch.uint64), torch.tensor([4, 2], dtype=torch.uint64)]
+    (found,) = torch.ops.rewright.onnx_node(given, onnx_node.encoded(model), ["uint64 2"])
+    assert found.dtype == torch.uint64 and found.tolist() == [4, 5]
+
+
 REFUSED = {
     "random numbers": ("(float[n] x) => (float[n] y) { r = RandomNormalLike (x) y = Add (r, x) }", "uses operators rewright can't import: RandomNormalLike"),
     "an operator nobody has": ("(float[n] x) => (float[n] y) { r = com.microsoft.Frobnicate (x) y = Add (r, x) }", "can't import: Frobnicate of com.microsoft"),
@@ -198,7 +232,7 @@ def test_the_loop_adds_three_times() -> None:
 
 def test_a_node_that_reads_files_of_its_own_is_unsafe() -> None:
     model = onnx.parser.parse_model(f"{HEADER} agraph (float[4] x) => (float[4] y) {{ y = Add (x, w) }}")
-    weight = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=1)
+    weight = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
     weight.external_data.add(key="location", value="hostname")
     model.graph.initializer.append(weight)
     with pytest.raises(InputFileError, match="reads weights from a file of its own; the graph is damaged or unsafe"):

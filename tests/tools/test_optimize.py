@@ -158,5 +158,6 @@ def test_a_file_judged_on_made_up_inputs_says_so_and_one_with_data_does_not(tmp_
     assert "judged on random inputs" in notes()
     assert "judged on random inputs" not in notes(calibration=[example()])
     assert "judged on random inputs" not in notes(example_inputs=example())
+    assert torch.equal(rw.optimize(folder, recipe=[], calibration=[example()]).inputs[0][0], example()["input_ids"]), "nothing is judged on made-up ones then"
     fixed = rw.optimize(folder, recipe=[], sizes={"sequence": 12})
     assert [tuple(t.shape)[1] for t in fixed.inputs[0]] == [12, 12] and fixed.inputs[0][1].all(), "no padding in what is made up"
