@@ -82,6 +82,11 @@ class OnnxModule(nn.Module):
         if unknown:
             listed = ", ".join(f"{what} ({count} node{'s' if count > 1 else ''})" for what, count in sorted(unknown.items()))
             raise CaptureError(f"{name} uses operators rewright can't import: {listed}")
+        if convolutions := sum(map(_is_quantized_convolution, model.graph)):
+            self.notes.append(
+                f"{convolutions} quantized convolutions become float arithmetic on their codes: what is written of this graph is slower in onnxruntime "
+                "than the file itself, which clean-onnx leaves as it is"
+            )
         self._sign()
         self.eval()
 
@@ -354,6 +359,13 @@ def _takes(function: Any, attribute: str) -> bool:
     except ValueError:
         return False
     return attribute in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _is_quantized_convolution(node: Any) -> bool:
+    if node.op_type != "Conv":
+        return node.op_type in ("QLinearConv", "ConvInteger")
+    maker = node.inputs[0].producer()
+    return maker is not None and maker.op_type == "DequantizeLinear"
 
 
 def _shortest(value: float) -> float:

@@ -644,3 +644,17 @@ def test_what_quantize_dynamic_writes_of_a_convolution_goes_back_into_a_file(tmp
     done = export(import_onnx(path), tmp_path / "out.onnx", [tuple(given.values())])
     for found, wanted in zip(in_onnxruntime(done.path, given), in_onnxruntime(path, given), strict=True):
         assert np.array_equal(found, wanted)
+
+
+def test_a_quantized_convolution_is_imported_with_a_warning(tmp_path: Path) -> None:
+    text = f"""{header()} main (float[1, 2, 5, 5] x) => (float[1, 3, 3, 3] y) {{
+        s = Constant<value_float = 0.1>()
+        z = Constant<value = uint8 {{128}}>()
+        q = QuantizeLinear(x, s, z)
+        d = DequantizeLinear(q, s, z)
+        y = Conv(d, w)
+    }}"""
+    path, x = written(tmp_path / "m.onnx", text, {"w": floats(3, 2, 3, 3)}), torch.randn(1, 2, 5, 5)
+    graph = import_onnx(path)
+    assert [n for n in graph.notes if n.startswith("1 quantized convolutions become float arithmetic")]
+    assert error(graph, path, {"x": x}) < CLOSE
