@@ -273,6 +273,7 @@ def test_decoding_goes_on_from_the_pruned_caches(criterion: str) -> None:
 # -- how much ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_flops_of_the_presets_at_llava_1_5_7b() -> None:
     """Spec 5.2: TFLOP of the language model at 576 image and 64 text tokens, on the meta device. PyramidDrop's scores take a layer's keys twice."""
     with torch.device("meta"):
