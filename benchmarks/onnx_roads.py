@@ -11,7 +11,6 @@ What was done is in benchmarks/onnx_roads.json and not done again.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import warnings
 from pathlib import Path
 from tempfile import gettempdir
@@ -91,7 +90,7 @@ def recipe_row(results: Rows, name: str, recipe: str) -> None:
     plan = from_command_line(recipe, ["dequantize-linear"] if name == "ort-quantized" else [], [], sizes)
     subject = "zoo:minilm" if name == MODULE else str(file(name))
     zoo = load_zoo("minilm")
-    result = rw.optimize(subject, recipe=dataclasses.replace(plan), calibration=zoo.calibration)
+    result = rw.optimize(subject, recipe=plan, calibration=zoo.calibration)
     run = at_length(runner_of(result.module), RECIPES[recipe].get("sequence"))
     outputs = FOLDER / f"{recipe}.pt"
     here = [run(batch) for batch in zoo.calibration[:16]]
