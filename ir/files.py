@@ -1,9 +1,10 @@
-"""Outputs appear whole or not at all: written under a temporary name beside the target, then renamed."""
+"""Outputs appear whole or not at all: written under a temporary name beside the target, then renamed; what is read again is known by its hash."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -82,3 +83,9 @@ def _sentence(path: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"can't write {path}: the disk is full; free some space or choose another output path (nothing was changed)"
     return f"can't write {path}: {(error.strerror or str(error)).lower()}; choose another output path (nothing was changed)"
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, read in blocks. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

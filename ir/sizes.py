@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .errors import UsageError, near
 from .graph import Flat, Graph
-from .verify import padding_mask
+from .verify import is_mask
 
 
 def fixed(graph: Graph, sizes: Mapping[str, int]) -> Graph:
@@ -65,7 +65,7 @@ def _fold_numbers(graph: Graph) -> None:
 
 def may_pad(graph: Graph) -> bool:
     """Whether inputs may be filled up with tokens that nobody looks at: it has a mask, and token ids or floats of a fixed length."""
-    return token_count(graph) is not None and padding_mask(graph)(tuple(torch.ones(1) for _ in graph.inputs)) is not None
+    return token_count(graph) is not None and any(map(is_mask, graph.inputs))
 
 
 def token_count(graph: Graph, sizes: Mapping[str, int] | None = None) -> int | None:

@@ -128,7 +128,7 @@ def padding_mask(graph: Graph) -> Callable[[tuple[Tensor, ...]], Tensor | None]:
 
     What a model computes at padded tokens is nobody's output: lossy passes are judged without it.
     """
-    index = next((i for i, n in enumerate(graph.inputs) if _is_mask(n)), None)
+    index = next((i for i, n in enumerate(graph.inputs) if is_mask(n)), None)
     return lambda flat: None if index is None else flat[index] != 0
 
 
@@ -382,12 +382,12 @@ def _resize(tensor: Tensor, node: fx.Node, sizes: dict[Any, int], generator: tor
     if tensor.is_floating_point() and tensor.numel():
         noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float32).to(tensor.dtype)
         tensor = tensor + noise * tensor.std().nan_to_num() * 0.1 if tensor.numel() > 1 else tensor
-    elif _is_mask(node) and (blank := (tensor == 0).all(1)).any():
+    elif is_mask(node) and (blank := (tensor == 0).all(1)).any():
         tensor = tensor.clone()
         tensor[blank, 0] = 1  # a text of padding alone has no defined output
     return tensor
 
 
-def _is_mask(node: fx.Node) -> bool:
+def is_mask(node: fx.Node) -> bool:
     """Whether an input says which tokens are real: an integer or bool matrix called a mask."""
     return "mask" in str(node.target) and node.meta["val"].dim() == 2 and not node.meta["val"].is_floating_point()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from ..ir.cost import NodeCost, node_costs
 from ..ir.diff import Diff
 from ..ir.diff import diff as _diff
 from ..ir.errors import InputFileError, UsageError
-from ..ir.files import check_writable, replacing
+from ..ir.files import check_writable, digest, replacing
 from ..ir.graph import Graph, quiet
 from ..ir.pattern import Miss, Pattern
 from ..ir.reexport import re_export
@@ -101,7 +100,7 @@ class Result:
                 "verification": self.verification,
                 "passes": [r.as_dict() for r in self.records],
             }
-            manifest["files"] = {f.name: _digest(f) for f in sorted(temporary.iterdir())}
+            manifest["files"] = {f.name: digest(f) for f in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1, default=str), encoding="utf8")
         return folder
 
@@ -247,20 +246,14 @@ def load(folder: str | Path) -> Result:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf8"))
         recipe = Recipe.parse((folder / "recipe.resolved.toml").read_text(encoding="utf8"), str(folder / "recipe.resolved.toml"))
-        for name, digest in manifest["files"].items():
-            if _digest(folder / Path(name).name) != digest:
+        for name, known in manifest["files"].items():
+            if digest(folder / Path(name).name) != known:
                 raise InputFileError(f"{folder / name} was changed after it was saved (its hash differs from the manifest)")
     except (OSError, ValueError, KeyError) as error:
         raise InputFileError(f"{folder} is not a saved result: {error}") from error
     graph = load_graph(folder)
     records = [Record(**{**r, "declined": [Declined(**d) for d in r["declined"]]}) for r in manifest["passes"]]
     return Result(Outcome(graph, graph, records, recipe.passes, []), recipe, name=str(manifest.get("model", "")))
-
-
-def _digest(path: Path) -> str:
-    """sha256 of a file, read in blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cost(graph: Graph, target: str | Target = "cpu", sizes: Mapping[str, int] | None = None) -> list[tuple[NodeCost, float, str]]:

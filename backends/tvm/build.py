@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import shutil
@@ -18,7 +17,7 @@ from torch import Tensor, fx
 
 from ... import __version__
 from ...ir.errors import UsageError
-from ...ir.files import replacing
+from ...ir.files import digest, replacing
 from ...ir.graph import Graph
 from ..target import cpu_features
 from . import runtime
@@ -100,7 +99,7 @@ class Compiled:
                 "tvm": TVM,
                 "inputs": self.inputs,
                 "cpu": sorted(needed(self.features)),
-                "sha256": hashlib.sha256((temporary / runtime.LIBRARY).read_bytes()).hexdigest(),
+                "sha256": digest(temporary / runtime.LIBRARY),
             }
             (temporary / runtime.MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf8")
             shutil.copyfile(runtime.__file__, temporary / "run.py")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputFileError
+from ..files import digest
 from .checks import check, external_files
 from .external import external_tensor
 from .opaque import bodies_of
@@ -59,8 +60,8 @@ class OnnxFile:
 
     def unchanged(self) -> None:
         """Raises InputFileError if the file, or one its weights lie in, is another than when it was read."""
-        for name, digest in self.digests.items():
-            if _digest(self.path.resolve().parent / name) != digest:
+        for name, known in self.digests.items():
+            if _digest(self.path.resolve().parent / name) != known:
                 raise InputFileError(f"{self.path.parent / name} was changed while rewright worked on it; run it again")
 
 
@@ -115,8 +116,7 @@ def _content(path: Path) -> bytes:
 
 def _digest(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return digest(path)
     except OSError:
         return "missing"
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .constants import constant
 from .quantized import dequantize, quantize
 from .table import Op
 
@@ -268,13 +269,8 @@ def _maker(value: Any, op_type: str) -> Any:
 
 def _held(value: Any) -> Any:
     """A constant's numbers, or None."""
-    if value is None:
-        return None
-    if value.const_value is not None and not value.is_graph_input():
-        return value.const_value.numpy()
-    maker = value.producer()
-    held = maker.attributes.get("value") if maker is not None and maker.op_type == "Constant" else None
-    return None if held is None else held.value.numpy()
+    tensor = constant(value)
+    return None if tensor is None else tensor.numpy()
 
 
 def _same(a: Any, b: Any) -> bool:

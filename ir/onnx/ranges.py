@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .constants import constant
 from .table import Op
 
 _KEEP = ("Identity", "Slice", "Gather", "GatherElements", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Tile", "Split", "Cast")
@@ -17,24 +18,17 @@ _NEVER = ("Shape", "Size", "NonZero", "ArgMax", "ArgMin")
 def never_negative(value: Any) -> bool:
     """Whether an integer value of a file is known to be 0 or more wherever it is."""
     while value is not None:
-        if value.const_value is not None and not value.is_graph_input():
-            return _is_positive(value.const_value)
+        if (tensor := constant(value)) is not None:
+            return tensor.dtype.is_integer() and bool((tensor.numpy() >= 0).all())
         maker = value.producer()
         if maker is None or maker.domain not in ("", "ai.onnx"):
             return False
-        if maker.op_type == "Constant":
-            held = maker.attributes.get("value")
-            return held is not None and _is_positive(held.value)
         if maker.op_type in _NEVER:
             return True
         if maker.op_type not in _KEEP:
             return False
         value = maker.inputs[0]
     return False
-
-
-def _is_positive(tensor: Any) -> bool:
-    return tensor.dtype.is_integer() and bool((tensor.numpy() >= 0).all())
 
 
 def _gather_elements(x: Tensor, indices: Tensor, axis: int = 0) -> Tensor:
